@@ -1,0 +1,183 @@
+"""Tree attention through the public interfaces of transformers: one attention function and one mask function.
+
+A model computes its masks by asking the function registered under its attention implementation's name, and hands
+the result to the attention function of the same name. Both are registered here once; `attend_with` names them on a
+model's config for the length of one forward and restores what stood there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import AttentionInterface
+
+from hydraspec.errors import UnsupportedModel
+
+IMPLEMENTATION = "hydraspec_tree"
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where the tokens of one forward lie in the cache, and what each of them sees.
+
+    Shapes: B sequences, T tokens each, and a view of the first S slots of the cache.
+    """
+
+    slots: Tensor  # [B, T] int64: the slot that each token's key and value go to
+    positions: Tensor  # [B, T] int64: the token's position in its own text
+    view: int  # S: no token of this forward sees a slot beyond it
+    visible: Tensor | None  # [B, T, S] bool; None: causal order from an empty cache or, for T = 1, everything
+    slot_positions: Tensor | None  # [B, S] int64: the position of the token in each slot; None: its own index
+    start: int | None  # the first slot, where it is the same in every sequence
+
+    def __post_init__(self) -> None:
+        assert self.slots.shape == self.positions.shape
+        assert self.visible is None or self.visible.shape == (*self.slots.shape, self.view)
+
+
+_layout: ContextVar[StepLayout] = ContextVar("hydraspec_layout")
+_additive: ContextVar[bool] = ContextVar("hydraspec_additive", default=False)
+
+
+@contextmanager
+def attend_with(config: Any, layout: StepLayout, additive: bool) -> Iterator[None]:
+    """Let the model that owns `config` attend as `layout` says, inside the block only.
+
+    Args:
+        config: the text config that the model's layers read; its attention implementation is set and restored.
+        layout: slots, positions and visibility of the forward.
+        additive: write masks as floats to be added, for models that keep their own attention code.
+    """
+    before = config._attn_implementation_internal
+    layout_token, additive_token = _layout.set(layout), _additive.set(additive)
+    # The public setter would walk all sub-models at every step; this is the attribute that it ends up writing.
+    config._attn_implementation_internal = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        _additive.reset(additive_token)
+        _layout.reset(layout_token)
+
+
+def build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable = causal_mask_function,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    use_vmap: bool = False,
+    **_: Any,
+) -> Tensor | None:
+    """The mask of one kind of layer: the model's own rule on positions, and the tree's rule on slots.
+
+    Returns:
+        `[B, 1, T, S]`, bool (True: seen) or, for models with their own attention code, float to be added.
+        None where plain causal order is all there is to say.
+    """
+    if use_vmap:
+        raise UnsupportedModel("this model overlays masks that cannot be evaluated on a tree's positions")
+    layout, additive = _layout.get(), _additive.get()
+    plain = mask_function is causal_mask_function
+    if plain and layout.visible is None and not additive:
+        return None
+    if plain and layout.visible is not None:
+        mask = layout.visible[:, None]  # ancestors lie before their descendants, so this is causal already
+    else:
+        batch = torch.arange(batch_size, device=device)[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        slot_positions = layout.slot_positions
+        if slot_positions is None:
+            slot_positions = torch.arange(kv_length, device=device)[None]
+        # Sliding windows and chunks are rules on positions in the text, not on slots of the cache.
+        mask = mask_function(batch, head, layout.positions[:, None, :, None], slot_positions[:, None, None, :])
+        if layout.visible is not None:
+            mask = mask & layout.visible[:, None]
+        mask = mask.expand(batch_size, 1, q_length, kv_length)
+    if additive:
+        return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return mask
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` [B, H, T, D] over `key` and `value` [B, Hkv, S, D], with a bool mask [B, 1, T, S].
+
+    Without a mask the tokens are in causal order from the first slot, or (T = 1) see everything.
+
+    Returns:
+        `[B, T, H, Dv]`, and None in place of the attention weights.
+    """
+    if position_bias is not None or indices is not None:
+        raise UnsupportedModel(f"{type(module).__name__} biases or selects positions in its attention")
+    batch, heads, length, width = query.shape
+    group = heads // key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    sinks = sinks if s_aux is None else s_aux
+    if softcap is not None or sinks is not None:
+        return _attend_explicitly(query, key, value, attention_mask, scale, softcap, sinks, group), None
+    if group > 1 and attention_mask is not None:
+        # The query heads of a group become more rows of one head: keys and values are read once, not repeated.
+        rows = query.reshape(batch, heads // group, group * length, width)
+        mask = attention_mask.repeat(1, 1, group, 1)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        out = out.reshape(batch, heads, length, value.shape[-1])
+    else:
+        causal = attention_mask is None and length > 1
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scale, is_causal=causal, enable_gqa=group > 1
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    group: int,
+) -> Tensor:
+    """Attention whose softmax is written out: soft-capped scores (Gemma 2), attention sinks (GPT-OSS)."""
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        mask = mask.tril() if scores.shape[-2] > 1 else mask
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        columns = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = F.softmax(torch.cat([scores, columns], -1), -1)[..., :-1]
+    else:
+        weights = F.softmax(scores, -1)
+    return torch.matmul(weights.to(value.dtype), value).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, build_mask)

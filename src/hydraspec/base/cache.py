@@ -1,0 +1,216 @@
+"""The key-value cache: preallocated slots, a length per sequence, and commit by gather.
+
+A forward writes its tokens behind the committed ones. `commit` keeps the accepted path: it moves the path's keys and
+values to the slots right behind the committed tokens and lengthens the sequence; whatever else the forward wrote is
+overwritten by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+
+from hydraspec.base.attention import StepLayout
+from hydraspec.tree.topology import Tree
+
+
+class LayerShape(NamedTuple):
+    """Heads and widths of a layer's keys and values; they differ in models with latent attention."""
+
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values `[B, heads, max_length, width]`, views into the cache's slabs."""
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: SlotCache, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.cache, self.keys, self.values = cache, keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the slabs exist before the first forward."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write `[B, heads, T, width]` at the slots of the forward's layout; return the layout's view of the cache."""
+        layout = self.cache.layout
+        assert layout is not None, "a forward needs a layout: call SlotCache.layout_chain or layout_tree first"
+        if layout.start is not None:
+            end = layout.start + key_states.shape[2]
+            self.keys[:, :, layout.start : end] = key_states
+            self.values[:, :, layout.start : end] = value_states
+        else:
+            rows = self.cache.rows
+            self.keys[rows, :, layout.slots] = key_states.transpose(1, 2)
+            self.values[rows, :, layout.slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, : layout.view], self.values[:, :, : layout.view]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that the mask covers, and the first of them."""
+        assert self.cache.layout is not None
+        return self.cache.layout.view, 0
+
+    def get_seq_length(self) -> int:
+        """Always 0: lengths differ by sequence, and a model must take positions from `position_ids` alone."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Slots a sequence has."""
+        return self.cache.max_length
+
+
+class SlotCache(Cache):
+    """Slots for `batch` sequences of at most `max_length` tokens each, tree nodes included.
+
+    Attributes:
+        lengths: committed tokens of each sequence.
+        max_length: slots of each sequence.
+        layout: where the forward in progress writes and looks.
+        slabs: tensors `[layers, B, heads, max_length, width]`, keys and values of layers of one shape in one of them.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape | None],
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes, self.max_length, self.device = tuple(shapes), max_length, device
+        self.lengths: list[int] = [0] * batch
+        self.layout: StepLayout | None = None
+        self.slabs: list[Tensor] = []
+        sizes: dict[tuple[int, int], int] = {}  # (heads, width) -> tensors of that shape
+        for shape in self.shapes:
+            if shape is not None:
+                for key in (shape[:2], shape[2:]):
+                    sizes[key] = sizes.get(key, 0) + 1
+        order = {key: n for n, key in enumerate(sizes)}
+        for (heads, width), count in sizes.items():
+            self.slabs.append(torch.zeros(count, batch, heads, max_length, width, dtype=dtype, device=device))
+        used = [0] * len(order)
+        self._places: list[tuple[tuple[int, int], tuple[int, int]] | None] = []
+        for shape in self.shapes:
+            if shape is None:
+                self._places.append(None)
+                continue
+            place = []
+            for key in (shape[:2], shape[2:]):
+                slab = order[key]
+                place.append((slab, used[slab]))
+                used[slab] += 1
+            self._places.append((place[0], place[1]))
+        super().__init__(layers=[self._make_layer(place) for place in self._places])
+        self._refresh_rows()
+
+    def _make_layer(self, place: tuple[tuple[int, int], tuple[int, int]] | None) -> CacheLayerMixin | DummyLayer:
+        if place is None:  # the layer reads another layer's keys and values
+            return DummyLayer()
+        (key_slab, key_index), (value_slab, value_index) = place
+        return SlotLayer(self, self.slabs[key_slab][key_index], self.slabs[value_slab][value_index])
+
+    def _refresh_rows(self) -> None:
+        self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]  # [B, 1], beside [B, T] slots
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the slabs in bytes."""
+        return sum(slab.numel() * slab.element_size() for slab in self.slabs)
+
+    @property
+    def lengths_tensor(self) -> Tensor:
+        """`lengths` as `[B]` int64 on the cache's device."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    def layout_chain(self, width: int) -> StepLayout:
+        """Plan a forward of `width` tokens in a row behind each sequence's committed ones (prefill, or a chain)."""
+        first = self.lengths[0]
+        steps = torch.arange(width, device=self.device)
+        if not any(self.lengths):
+            slots = steps.expand(len(self.lengths), width)
+            self.layout = StepLayout(slots, slots, width, None, None, 0)
+            return self.layout
+        if width == 1 and all(length == first for length in self.lengths):
+            slots = torch.full((len(self.lengths), 1), first, device=self.device)
+            self.layout = StepLayout(slots, slots, first + 1, None, None, first)
+            return self.layout
+        ancestors = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        return self._layout_nodes(steps, ancestors)
+
+    def layout_tree(self, tree: Tree) -> StepLayout:
+        """Plan a forward of a tree's nodes behind each sequence's committed tokens."""
+        if tree.num_nodes == 1:
+            return self.layout_chain(1)
+        return self._layout_nodes(tree.depths.to(self.device), tree.ancestors.to(self.device))
+
+    def _layout_nodes(self, depths: Tensor, ancestors: Tensor) -> StepLayout:
+        """Plan a forward of nodes at `depths` [T] below the committed tokens, who see their `ancestors` [T, T]."""
+        batch, width, first = len(self.lengths), len(depths), self.lengths[0]
+        uniform = all(length == first for length in self.lengths)
+        view = max(self.lengths) + width
+        assert view <= self.max_length, f"{view} slots needed, {self.max_length} there"
+        nodes = torch.arange(width, device=self.device)
+        visible = torch.zeros(batch, width, view, dtype=torch.bool, device=self.device)
+        slot_positions = torch.arange(view, device=self.device).repeat(batch, 1)
+        if uniform:
+            slots = (nodes + first).expand(batch, width)
+            positions = (depths + first).expand(batch, width)
+            visible[:, :, :first] = True
+            visible[:, :, first:] = ancestors
+            slot_positions[:, first:] = depths + first
+        else:
+            lengths = self.lengths_tensor[:, None]
+            slots, positions = lengths + nodes, lengths + depths
+            visible |= (torch.arange(view, device=self.device) < lengths)[:, None]
+            visible.scatter_(2, slots[:, None].expand(batch, width, width), ancestors.expand(batch, width, width))
+            slot_positions.scatter_(1, slots, positions)
+        self.layout = StepLayout(slots, positions, view, visible, slot_positions, first if uniform else None)
+        return self.layout
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commit the first `counts[b]` tokens that the last forward wrote for sequence b, where they are."""
+        for row, count in enumerate(counts):
+            self.lengths[row] += count
+            assert self.lengths[row] <= self.max_length
+
+    def commit(self, path: Tensor, counts: Sequence[int]) -> None:
+        """Commit the nodes `path[b, :counts[b]]` of the last forward: move their keys and values into place.
+
+        Args:
+            path: `[B, A]` node indices in order from the root; entries past the count may be anything.
+            counts: nodes that each sequence keeps.
+        """
+        longest = max(counts)
+        if longest > 1:  # the root lies in its place already
+            path = path[:, 1:longest]
+            behind = torch.arange(1, longest, device=self.device)
+            if len(self.lengths) == 1:
+                source, target = self.lengths[0] + path[0], self.lengths[0] + behind
+                for slab in self.slabs:
+                    slab.index_copy_(3, target, slab.index_select(3, source))
+            else:
+                lengths = self.lengths_tensor[:, None]
+                source, target = lengths + path, lengths + behind
+                for slab in self.slabs:
+                    slab[:, self.rows, :, target] = slab[:, self.rows, :, source]
+        self.advance(counts)
+
+    def retain(self, rows: Sequence[int]) -> None:
+        """Keep only the sequences `rows`, in that order."""
+        index = torch.tensor(rows, device=self.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.slabs = [slab.index_select(1, index) for slab in self.slabs]
+        self.layers = [self._make_layer(place) for place in self._places]
+        self._refresh_rows()

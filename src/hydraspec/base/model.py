@@ -1,0 +1,307 @@
+"""The base model: any attention-only causal LM of transformers, frozen and unmodified, behind a small interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hydraspec.base.attention import attend_with
+from hydraspec.base.cache import LayerShape, SlotCache
+from hydraspec.errors import CheckpointError, UnsupportedModel
+from hydraspec.tree.topology import Tree
+from hydraspec.types import Verified
+
+logger = logging.getLogger(__name__)
+
+# What of a config decides whether heads fit; the rest (dtype, library version, generation defaults) may differ.
+_IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+
+
+class BaseModel:
+    """A frozen causal LM that verifies trees.
+
+    Attributes:
+        model: the transformers model, on one device, in evaluation mode.
+        name: the path or hub id it came from.
+        hidden_size: width d of its hidden states.
+        vocab_size: entries V of its output layer.
+        max_length: tokens of context that it was made for, or None where it does not say.
+        eos_token_ids: the tokens that end a text.
+
+    Raises:
+        UnsupportedModel: it keeps recurrent state, or its attention cannot follow a tree.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str = "", self_check: bool = True) -> None:
+        refuse_recurrent(type(model), model.config, name)
+        self.model = model.eval().requires_grad_(False)
+        self.name = name or str(model.config._name_or_path)
+        self.config = model.config.get_text_config(decoder=True)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.output_layer: nn.Module = model.get_output_embeddings()
+        self.input_layer: nn.Module = model.get_input_embeddings()
+        self.hidden_size = int(self.config.hidden_size)
+        self.vocab_size = int(self.output_layer.weight.shape[0])
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.eos_token_ids = _find_eos(model)
+        # A model without the attention interface keeps its own attention code, which adds its mask.
+        self._additive = not type(model)._can_set_attn_implementation()
+        self._scale = float(getattr(self.config, "logit_scale", None) or 1.0)
+        self._scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        self.cache_shapes = probe_cache_shapes(
+            self.config, lambda cache: self.model(input_ids=ids, past_key_values=cache, use_cache=True), self.name
+        )
+        if self_check:
+            self.check_tree_attention()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        self_check: bool = True,
+    ) -> BaseModel:
+        """Load a model folder or hub id.
+
+        Args:
+            name: a folder with `config.json` and safetensors, or a hub id.
+            device: where its weights go.
+            dtype: of its weights; None: float32 on a CPU, the checkpoint's own elsewhere.
+            self_check: compare a tree with its paths once, see `check_tree_attention`.
+
+        Raises:
+            CheckpointError: there is no such model, or its files are damaged or incomplete.
+            UnsupportedModel: it cannot be decoded as a tree.
+        """
+        device = torch.device(device)
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one reason
+            raise CheckpointError(_explain_missing(name, error)) from error
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if kind is None:
+            raise UnsupportedModel(f"{name} is of type {config.model_type}, which is no causal language model")
+        refuse_recurrent(kind, config, name)
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype or "auto", output_loading_info=True
+            )
+        except Exception as error:
+            raise CheckpointError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(f"{name} lacks {len(missing)} of its tensors, the first is {missing[0]}; copy it again")
+        model = model.to(device)
+        if device.type == "cpu" and model.dtype == torch.float32:
+            store_columns_first(model)
+        return cls(model, name, self_check)
+
+    # -- what heads and stages need -----------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings `[..., d]` of token ids `[...]`, scaled as the model scales them itself."""
+        return self.input_layer(ids)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of final hidden states `[..., d]`, with the model's logit scale and soft-capping."""
+        logits = self.output_layer(hidden)
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def new_cache(self, batch: int, max_length: int) -> SlotCache:
+        """An empty cache for `batch` sequences of `max_length` slots, tree nodes included."""
+        return SlotCache(self.cache_shapes, batch, max_length, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, counts: Sequence[int], cache: SlotCache) -> Verified:
+        """Read prompts, or further pieces of them, and commit them to the cache.
+
+        Args:
+            ids: `[B, T]` right-padded token ids.
+            counts: real tokens in each row.
+            cache: written and lengthened by `counts`.
+
+        Returns:
+            Logits `[B, 1, V]` after each row's last real token, and the hidden states `[B, T, d]` of all tokens.
+        """
+        last = torch.tensor(counts, device=self.device) - 1
+        cache.layout_chain(ids.shape[1])
+        verified = self._forward(ids, cache, last)
+        cache.advance(counts)
+        return verified
+
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, tree: Tree, cache: SlotCache) -> Verified:
+        """One forward over all nodes of a filled tree: `tokens` `[B, N]`. The cache keeps them until its commit."""
+        cache.layout_tree(tree)
+        return self._forward(tokens, cache)
+
+    @torch.no_grad()
+    def read_hidden_states(self, ids: Tensor) -> Tensor:
+        """Final hidden states `[B, T, d]` of right-padded token ids `[B, T]`, without a cache (for training)."""
+        with _Tap(self.output_layer, torch.zeros(len(ids), dtype=torch.long, device=ids.device)) as tap:
+            self.model(input_ids=ids, use_cache=False)
+        return tap.hidden
+
+    def _forward(self, ids: Tensor, cache: SlotCache, last: Tensor | None = None) -> Verified:
+        layout = cache.layout
+        assert layout is not None
+        positions = layout.positions
+        if self.max_length is not None and max(cache.lengths) + ids.shape[1] > self.max_length:
+            # Nodes beyond the context are never kept, but learned positions must not be asked for them.
+            positions = positions.clamp_max(self.max_length - 1)
+        with attend_with(self.config, layout, self._additive), _Tap(self.output_layer, last) as tap:
+            out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return Verified(logits=out.logits, hidden=tap.hidden)
+
+    # -- identity and trust -------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A hash of the config's shape and of the input embeddings, the same for every dtype and device."""
+        identity = {key: getattr(self.config, key, None) for key in _IDENTITY}
+        weight = self.input_layer.weight
+        rows = torch.linspace(0, len(weight) - 1, min(len(weight), 1024)).long().to(weight.device)
+        sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy()
+        return hashlib.sha256(json.dumps(identity).encode() + sample.tobytes()).hexdigest()[:32]
+
+    @torch.inference_mode()
+    def check_tree_attention(self) -> None:
+        """Compare a small tree behind ragged prompts with each of its paths read plainly.
+
+        Raises:
+            UnsupportedModel: the logits differ by more than rounding explains.
+        """
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, self.vocab_size, (2, 5), generator=generator).to(self.device)
+        lengths = [5, 3]
+        tree = Tree([[0], [1], [0, 0], [1, 0], [1, 0, 0]], "self-check")
+        tokens = torch.randint(0, self.vocab_size, (2, tree.num_nodes), generator=generator).to(self.device)
+        cache = self.new_cache(2, 5 + tree.num_nodes)
+        self.prefill(prompts, lengths, cache)
+        seen = self.verify(tokens, tree, cache)
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.25  # wrong masks are off by 1.5 deviations and more
+        for row, length in enumerate(lengths):
+            for path in tree.leaf_paths.tolist():
+                nodes = sorted(set(path), key=path.index)
+                text = torch.cat([prompts[row, :length], tokens[row, nodes]])
+                plain = self.model(input_ids=text[None], use_cache=False).logits[0, length:].float()
+                error = (seen.logits[row, nodes].float() - plain).abs().max() / plain.std().clamp_min(1e-6)
+                if not error < tolerance:
+                    raise UnsupportedModel(
+                        f"{self.name} ({self.config.model_type}) cannot verify trees: their logits are off by "
+                        f"{error:.2g} standard deviations from plain decoding; its attention ignores tree masks"
+                    )
+            hidden = seen.hidden[row].to(self.dtype)
+            if not torch.allclose(self.project(hidden).float(), seen.logits[row].float(), rtol=1e-2, atol=1e-2):
+                logger.warning("%s transforms its logits in an unknown way; tied vocabulary layers leave that out", self.name)
+
+
+class _Tap:
+    """The hidden states that enter the output layer during one forward.
+
+    With `last` `[B]`, only that position of each sequence goes on into the output layer.
+    """
+
+    def __init__(self, layer: nn.Module, last: Tensor | None = None) -> None:
+        self._layer, self._last = layer, last
+        self.hidden: Tensor
+
+    def __enter__(self) -> _Tap:
+        self._handle = self._layer.register_forward_pre_hook(self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _take(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        self.hidden = args[0]
+        if self._last is None:
+            return None
+        rows = torch.arange(len(self._last), device=self._last.device)
+        return (args[0][rows, self._last][:, None],)
+
+
+def refuse_recurrent(kind: type, config: Any, name: str) -> None:
+    """Raise `UnsupportedModel` for a model class that keeps state which cannot be branched or taken back."""
+    layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    recurrent = layer_types - {"full_attention", "sliding_attention", "chunked_attention", "dummy", "moe", "mlp"}
+    if getattr(kind, "_is_stateful", False) or recurrent:
+        why = f"layers of type {', '.join(sorted(recurrent))}" if recurrent else "recurrent state"
+        raise UnsupportedModel(
+            f"{name or kind.__name__} ({config.model_type}) has {why}, which a tree of guesses cannot share; "
+            "use a model with attention layers only"
+        )
+
+
+@torch.no_grad()
+def probe_cache_shapes(config: Any, run: Callable[[DynamicCache], object], name: str) -> tuple[LayerShape | None, ...]:
+    """The shape of each layer's keys and values, seen in a forward of two tokens. None: it reads another layer's.
+
+    Raises:
+        UnsupportedModel: a layer caches something else than keys and values, or nothing at all is cached.
+    """
+    cache = DynamicCache(config=config)
+    run(cache)
+    shapes: list[LayerShape | None] = []
+    for layer in cache.layers:
+        if hasattr(layer, "conv_states") or hasattr(layer, "indexer_keys"):
+            raise UnsupportedModel(f"{name} caches more than keys and values ({type(layer).__name__}); not supported")
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.numel() == 0:
+            shapes.append(None)
+        else:
+            shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+    if not any(shapes):
+        raise UnsupportedModel(f"{name} does not use a key-value cache; not supported")
+    return tuple(shapes)
+
+
+def store_columns_first(model: nn.Module) -> None:
+    """Store the weights of linear layers transposed in memory; shapes and values stay as they are.
+
+    A float32 product of few rows (the nodes of a small tree) is two to four times faster this way on CPUs, because
+    the library need not rearrange the whole weight for each product. A product of one row is as fast as before.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def _find_eos(model: PreTrainedModel) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _explain_missing(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            return f"{name} is no model folder: it has no config.json"
+        return f"{name}/config.json describes no known model: {_first_line(error)}"
+    return f"no model {name!r}: it is neither a folder here nor a shipped model, and no hub model of that id could be read"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,45 @@
+"""`hydraspec generate`: continue one prompt, as a stream."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
+from hydraspec.config import GenerationConfig
+
+
+@takes(GenerationConfig)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
+    config: GenerationConfig,
+    heads: Heads = None,
+    tree: TreeName = None,
+    raw: Annotated[bool, typer.Option("--raw", help="take the prompt as it is, without the chat template")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="print tokens, acceptance length and speed at the end")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Continue PROMPT with MODEL and print the text as it comes."""
+    from hydraspec.cli.loading import load_quietly
+    from hydraspec.text import StreamDecoder
+    from hydraspec.types import Output
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    llm = load_quietly(model, heads, tree, device, dtype)
+    request = llm.make_request(text, config.max_new_tokens, config.stop, config.ignore_eos, raw)
+    output, decoder, seconds = Output(), StreamDecoder(llm.codec, config.stop), 0.0
+    for record in llm.run([request], [output]):
+        seconds += record.seconds.total
+        sys.stdout.write(decoder.push(record.emitted[0], last=output.finish_reason is not None))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    if stats:
+        speed = output.step_tokens / seconds if seconds else 0.0
+        sys.stderr.write(
+            f"{len(output.token_ids)} tokens, ended by {output.finish_reason}, "
+            f"acceptance length {output.acceptance_length:.2f}, {speed:.0f} tokens/s\n"
+        )

@@ -1,0 +1,59 @@
+"""The parts that heads are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hydraspec.config import HeadsConfig
+
+
+class ResBlock(nn.Module):
+    """`R(x) + SiLU(W x + b)` (Hydra, section 3): W starts at zero, so that a fresh block passes its input on.
+
+    R is the identity where input and output are of one width, else a linear layer.
+    """
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width_in, width)
+        self.residual = nn.Identity() if width_in == width else nn.Linear(width_in, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width_in]` to `[..., width]`."""
+        return self.residual(x) + F.silu(self.linear(x))
+
+
+class HeadBlocks(nn.Module):
+    """The residual blocks of one head: the first reads `width_in`, the others d; with dropout before each.
+
+    With `shared_blocks` the blocks after the first are one block, applied several times.
+    """
+
+    def __init__(self, width_in: int, config: HeadsConfig) -> None:
+        super().__init__()
+        self.first = ResBlock(width_in, config.hidden_size)
+        own = min(config.num_layers - 1, 1) if config.shared_blocks else config.num_layers - 1
+        self.rest = nn.ModuleList(ResBlock(config.hidden_size, config.hidden_size) for _ in range(own))
+        self.times = config.num_layers - 1 if config.shared_blocks else 1
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width_in]` to `[..., d]`."""
+        x = self.first(self._drop(x))
+        for _ in range(self.times):
+            for block in self.rest:
+                x = block(self._drop(x))
+        return self._drop(x)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def gather_last(hidden: Tensor, counts: list[int]) -> Tensor:
+    """Of right-padded `[B, T, d]` the last real position of each row, `[B, d]`."""
+    rows = torch.arange(len(counts), device=hidden.device)
+    return hidden[rows, torch.tensor(counts, device=hidden.device) - 1]

@@ -1,0 +1,97 @@
+"""Hydra++ heads: Hydra heads whose context first attends over the hidden states of all verified positions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from hydraspec.base.attention import attend_with
+from hydraspec.base.cache import SlotCache
+from hydraspec.base.model import probe_cache_shapes
+from hydraspec.config import HeadsConfig
+from hydraspec.errors import UnsupportedModel
+from hydraspec.heads.blocks import gather_last
+from hydraspec.heads.hydra import HydraHeads
+from hydraspec.heads.protocol import HeadState
+
+# Left out of the stored config of the layer: what says nothing about it.
+_NOT_OF_THE_LAYER = ("_name_or_path", "architectures", "dtype", "transformers_version", "id2label", "label2id")
+
+
+def cut_to_one_layer(config: Any) -> dict[str, Any]:
+    """The config of a decoder with one layer of the base's own kind, as plain JSON values."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = 1
+    if getattr(cut, "layer_types", None):
+        cut.layer_types = ["full_attention" if "full_attention" in cut.layer_types else cut.layer_types[-1]]
+    values = cut.to_dict()
+    kept = {key: value for key, value in values.items() if key not in _NOT_OF_THE_LAYER}
+    return {**kept, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+class PrefixLayer(nn.Module):
+    """One decoder layer of the base model's kind with a final norm, over hidden states instead of embeddings."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        if not config.prefix_layer:
+            raise UnsupportedModel("hydra++ heads need the config of their prefix layer (prefix_layer)")
+        values = dict(config.prefix_layer)
+        self.layer_config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        self.decoder = AutoModel.from_config(self.layer_config, dtype=torch.float32)
+        self.decoder.set_input_embeddings(nn.Identity())  # hidden states come in, never token ids
+        self.additive = not type(self.decoder)._can_set_attn_implementation()
+        self._shapes: Any = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, T, d]` to `[B, T, d]`, causal over right-padded rows."""
+        return self.decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+    def new_cache(self, batch: int, max_length: int) -> SlotCache:
+        """An empty cache of the layer's own."""
+        parameter = next(self.decoder.parameters())
+        if self._shapes is None:
+            probe = torch.zeros(1, 2, self.layer_config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+            self._shapes = probe_cache_shapes(
+                self.layer_config,
+                lambda cache: self.decoder(inputs_embeds=probe, past_key_values=cache, use_cache=True),
+                "the prefix layer",
+            )
+        return SlotCache(self._shapes, batch, max_length, parameter.dtype, parameter.device)
+
+    def extend(self, hidden: Tensor, counts: list[int], cache: SlotCache) -> Tensor:
+        """Attend from newly verified positions `[B, A, d]` over all earlier ones, and commit them to the cache."""
+        layout = cache.layout_chain(hidden.shape[1])
+        with attend_with(self.layer_config, layout, self.additive):
+            out = self.decoder(
+                inputs_embeds=hidden, position_ids=layout.positions, past_key_values=cache, use_cache=True
+            )
+        cache.advance(counts)
+        return out.last_hidden_state
+
+
+class HydraPlusPlusHeads(HydraHeads):
+    """Head i sees `[prefix(h_1 … h_t) ; E(x_{t+1}) ; … ; E(x_{t+1+i})]`."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__(config)
+        self.prefix = PrefixLayer(config)
+
+    def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
+        """Read the prompts' hidden states `[B, T, d]` into a new cache of the prefix layer."""
+        # An extension is padded to the longest in the batch, so it may write past the last committed slot.
+        cache = self.prefix.new_cache(len(counts), max_length + self.num_heads + 1)
+        contexts = self.prefix.extend(hidden, counts, cache)
+        return HeadState(gather_last(contexts, counts), cache)
+
+    def observe(self, state: HeadState, hidden: Tensor, counts: list[int]) -> None:
+        """Read newly verified hidden states `[B, A, d]`. Updates the context and the prefix layer's cache."""
+        state.context = gather_last(self.prefix.extend(hidden, counts, state.memory), counts)
+
+    def read_contexts(self, hidden: Tensor) -> Tensor:
+        """The prefix layer's output `[B, T, d]`."""
+        return self.prefix(hidden)

@@ -1,0 +1,125 @@
+"""What every kind of draft heads offers to the decode loop and to training.
+
+Notation: d hidden size, V vocabulary, h_t the base model's final hidden state at the last verified position t, E its
+input embedding, x_{t+1} the root. Head i = 0 … K-1 predicts x_{t+2+i}, the tokens at depth i + 1 of the tree.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hydraspec.base.model import BaseModel, store_columns_first
+from hydraspec.config import HeadsConfig
+from hydraspec.heads.blocks import HeadBlocks, gather_last
+
+Project = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class HeadState:
+    """What heads remember of a running batch between steps."""
+
+    context: Tensor  # [B, d]: stands for h_t
+    memory: Any = None  # what else this kind of heads keeps, such as a cache of its own
+
+    def retain(self, rows: Sequence[int]) -> None:
+        """Keep only the sequences `rows`, in that order."""
+        self.context = self.context[list(rows)]
+        if self.memory is not None:
+            self.memory.retain(rows)
+
+
+class DraftHeads(nn.Module):
+    """K residual MLP heads over a context and, where they are grounded, the embeddings of the path to a node.
+
+    Subclasses say what the context is (`begin`, `observe`, `read_contexts`) and whether the heads are `grounded`.
+    """
+
+    grounded: ClassVar[bool]
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        # A grounded head i reads [h_t ; E(x_{t+1}) ; … ; E(x_{t+1+i})].
+        widths = [(i + 2) * d if self.grounded else d for i in range(config.num_heads)]
+        self.blocks = nn.ModuleList(HeadBlocks(width, config) for width in widths)
+        self.vocabulary = nn.ModuleList(
+            [] if config.tied_vocabulary else [nn.Linear(d, config.vocab_size) for _ in range(config.num_heads)]
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """Tokens that the heads guess ahead: the deepest tree that they can fill."""
+        return self.config.num_heads
+
+    @torch.no_grad()
+    def start_from(self, base: BaseModel) -> None:
+        """Initialise separate vocabulary layers from the base model's lm_head."""
+        for layer in self.vocabulary:
+            assert isinstance(layer, nn.Linear)
+            layer.weight.copy_(base.output_layer.weight)
+            bias = getattr(base.output_layer, "bias", None)
+            layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> DraftHeads:
+        """Move to a device and dtype and freeze, for decoding."""
+        self.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if device.type == "cpu" and dtype == torch.float32:
+            store_columns_first(self)
+        return self
+
+    # -- decoding ----------------------------------------------------------------------------------------------
+
+    def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
+        """Read the prompts' hidden states.
+
+        Args:
+            hidden: `[B, T, d]`, right-padded.
+            counts: real tokens in each row.
+            max_length: tokens that a sequence may grow to.
+        """
+        return HeadState(gather_last(hidden, counts))
+
+    def observe(self, state: HeadState, hidden: Tensor, counts: list[int]) -> None:
+        """Read the hidden states `[B, A, d]` of newly verified tokens, `counts[b]` of them real. Updates `state`."""
+        state.context = gather_last(hidden, counts)
+
+    def guess(self, head: int, state: HeadState, path: Tensor, project: Project) -> Tensor:
+        """Logits of the children of nodes at depth `head`.
+
+        Args:
+            head: which head, from 0.
+            state: the running batch.
+            path: `[B, P, head + 1, d]` embeddings of the tokens from the root to each of P nodes.
+            project: the base model's vocabulary layer, for heads that have none.
+
+        Returns:
+            `[B, P, V]`, or `[B, 1, V]` where the path does not matter.
+        """
+        context = state.context[:, None]
+        if self.grounded:
+            context = context.expand(-1, path.shape[1], -1)
+        return self.score(head, context, path, project)
+
+    # -- both --------------------------------------------------------------------------------------------------
+
+    def score(self, head: int, context: Tensor, path: Tensor | None, project: Project) -> Tensor:
+        """Logits `[..., V]` of one head from contexts `[..., d]` and path embeddings `[..., head + 1, d]`."""
+        if self.grounded:
+            assert path is not None
+            context = torch.cat([context, path.flatten(-2)], dim=-1)
+        hidden = self.blocks[head](context)
+        return self.vocabulary[head](hidden) if self.vocabulary else project(hidden)
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_contexts(self, hidden: Tensor) -> Tensor:
+        """What stands for h_t at every position: `[B, T, d]` from hidden states `[B, T, d]`."""

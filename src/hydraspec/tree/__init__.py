@@ -1,0 +1,6 @@
+"""Trees of guesses: topology and presets."""
+
+from hydraspec.tree.presets import find_tree
+from hydraspec.tree.topology import Tree
+
+__all__ = ["Tree", "find_tree"]
