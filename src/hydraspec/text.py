@@ -9,11 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hydraspec.errors import CheckpointError, RequestError
+from hydraspec.hub import fetch
 from hydraspec.types import StopCheck
-
-# A string, a list of {"role": …, "content": …} messages, or token ids.
-Prompt = "str | Sequence[dict[str, str]] | Sequence[int]"
-
 
 class TextCodec:
     """A tokenizer with its chat template.
@@ -32,11 +29,11 @@ class TextCodec:
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
+        folder = fetch(name, "model")
         try:
-            return cls(AutoTokenizer.from_pretrained(name))
+            return cls(AutoTokenizer.from_pretrained(folder))
         except Exception as error:  # transformers raises many kinds for one reason
-            where = Path(name)
-            missing = where.is_dir() and not any(where.glob("tokenizer*"))
+            missing = not any(Path(folder).glob("tokenizer*"))
             why = "it holds no tokenizer files" if missing else str(error).splitlines()[0]
             raise CheckpointError(f"the tokenizer of {name} cannot be read: {why}") from error
 

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import LayerShape, SlotCache
 from hydraspec.errors import CheckpointError, UnsupportedModel
+from hydraspec.hub import fetch
 from hydraspec.tree.topology import Tree
 from hydraspec.types import Verified
 
@@ -87,19 +88,20 @@ class BaseModel:
             UnsupportedModel: it cannot be decoded as a tree.
         """
         device = torch.device(device)
+        folder = fetch(name, "model")
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(folder)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one reason
-            raise CheckpointError(_explain_missing(name, error)) from error
+            raise CheckpointError(_explain_config(folder, error)) from error
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if kind is None:
             raise UnsupportedModel(f"{name} is of type {config.model_type}, which is no causal language model")
         refuse_recurrent(kind, config, name)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype or "auto", output_loading_info=True
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True
             )
         except Exception as error:
             raise CheckpointError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
@@ -295,12 +297,10 @@ def _find_eos(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _explain_missing(name: str, error: Exception) -> str:
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            return f"{name} is no model folder: it has no config.json"
-        return f"{name}/config.json describes no known model: {_first_line(error)}"
-    return f"no model {name!r}: it is neither a folder here nor a shipped model, and no hub model of that id could be read"
+def _explain_config(folder: str, error: Exception) -> str:
+    if not (Path(folder) / "config.json").is_file():
+        return f"{folder} is no model folder: it has no config.json"
+    return f"{folder}/config.json describes no known model: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

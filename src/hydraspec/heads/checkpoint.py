@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,7 @@ from hydraspec.errors import CheckpointError, HydraspecError
 from hydraspec.files import write_json, write_whole
 from hydraspec.heads import build_heads
 from hydraspec.heads.protocol import DraftHeads
+from hydraspec.hub import fetch
 
 FORMAT = 1
 
@@ -78,22 +78,6 @@ def read_config(folder: Path) -> tuple[HeadsConfig, Provenance]:
         raise CheckpointError(f"{file} is not the config of draft heads") from None
 
 
-def find_folder(name: str) -> Path:
-    """The local folder of heads: `name` itself, or a snapshot of the hub repository of that id.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:  # huggingface_hub raises many kinds for one reason
-        raise CheckpointError(
-            f"no heads {name!r}: they are neither a folder here nor shipped, and no hub repository of that id could be read"
-        ) from error
-
-
 def load_heads(name: str, base: BaseModel, allow_other_base: bool = False) -> DraftHeads:
     """Load heads for `base`, on its device and in its dtype, ready to decode.
 
@@ -105,7 +89,7 @@ def load_heads(name: str, base: BaseModel, allow_other_base: bool = False) -> Dr
     Raises:
         CheckpointError: they are missing, damaged, or do not fit the base model.
     """
-    folder = find_folder(name)
+    folder = Path(fetch(name, "heads"))
     config, provenance = read_config(folder)
     ours, theirs = (base.hidden_size, base.vocab_size), (config.hidden_size, config.vocab_size)
     if ours != theirs:

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hydraspec.errors import HydraspecError
+from hydraspec.heads import KINDS, new_heads
+
+
+def _scramble(heads):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return heads.eval()
+
+
+def _block(block, x, project):
+    residual = x @ block.residual.weight.T + block.residual.bias if project else x
+    return residual + F.silu(x @ block.linear.weight.T + block.linear.bias)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_hydra_head_is_the_published_formula(tiny_llama, shared):
+    heads = _scramble(new_heads(tiny_llama, "hydra", num_layers=3, shared_blocks=shared))
+    context, path = torch.randn(2, 64), torch.randn(2, 3, 64)  # head 2 sees the root and two guesses
+    x = _block(heads.blocks[2].first, torch.cat([context, path[:, 0], path[:, 1], path[:, 2]], -1), project=True)
+    rest = heads.blocks[2].rest
+    for block in [rest[0], rest[0]] if shared else [rest[0], rest[1]]:
+        x = _block(block, x, project=False)
+    expected = x @ heads.vocabulary[2].weight.T + heads.vocabulary[2].bias
+    torch.testing.assert_close(heads.score(2, context, path, tiny_llama.project), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_medusa_head_sees_the_hidden_state_alone(tiny_llama):
+    heads = _scramble(new_heads(tiny_llama, "medusa", num_layers=1))
+    context = torch.randn(2, 64)
+    x = _block(heads.blocks[3].first, context, project=False)
+    expected = x @ heads.vocabulary[3].weight.T + heads.vocabulary[3].bias
+    torch.testing.assert_close(heads.score(3, context, None, tiny_llama.project), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fresh_medusa_heads_pass_the_hidden_state_on(tiny_llama):
+    heads = new_heads(tiny_llama, "medusa", num_layers=2)
+    context = torch.randn(2, 64)
+    torch.testing.assert_close(heads.score(0, context, None, tiny_llama.project), tiny_llama.project(context))
+
+
+def test_a_tied_vocabulary_layer_is_the_base_models(tiny_llama):
+    heads = _scramble(new_heads(tiny_llama, "medusa", tied_vocabulary=True))
+    assert not any(name.startswith("vocabulary") for name, _ in heads.named_parameters())
+    context = torch.randn(2, 64)
+    expected = tiny_llama.project(heads.blocks[0](context))
+    torch.testing.assert_close(heads.score(0, context, None, tiny_llama.project), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contexts_grow_step_by_step_as_in_one_pass(tiny_llama, kind):
+    heads = _scramble(new_heads(tiny_llama, kind)).requires_grad_(False)
+    prompt, more = torch.randn(2, 7, 64), torch.randn(2, 3, 64)
+    state = heads.begin(prompt, [7, 4], 40)
+    heads.observe(state, more, [1, 3])
+    heads.observe(state, more, [2, 2])
+    state.retain([1, 0])
+    texts = [
+        torch.cat([prompt[1, :4], more[1, :3], more[1, :2]]),
+        torch.cat([prompt[0], more[0, :1], more[0, :2]]),
+    ]
+    for row, text in enumerate(texts):
+        expected = heads.read_contexts(text[None])[0, -1]
+        torch.testing.assert_close(state.context[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prefix_attention_looks_back(tiny_llama):
+    heads = _scramble(new_heads(tiny_llama, "hydra++"))
+    hidden = torch.randn(1, 6, 64)
+    changed = hidden.clone()
+    changed[0, 0] += 1
+    before, after = heads.read_contexts(hidden), heads.read_contexts(changed)
+    assert (before[0, 5] - after[0, 5]).abs().max() > 1e-3
+
+
+def test_unknown_kinds_are_refused(tiny_llama):
+    with pytest.raises(HydraspecError, match="choose medusa, hydra"):
+        new_heads(tiny_llama, "cerberus")
