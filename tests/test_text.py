@@ -1,8 +1,8 @@
 import pytest
 
 from hydraspec.errors import RequestError
-from hydraspec.text import StreamDecoder, TextCodec, check_stop_strings, cut_at_stop
 from hydraspec.shipped import find_shipped
+from hydraspec.text import StreamDecoder, TextCodec, check_stop_strings, cut_at_stop
 
 TEXT = "Café “naïve” 😀 ends.\nA new line – and 日本語 too."
 
@@ -29,9 +29,10 @@ def test_empty_and_impossible_prompts_are_refused(codec, prompt):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_pieces_of_a_stream_make_the_whole_text(codec, size):
     ids = codec.encode(TEXT, raw=True)
-    decoder, pieces = StreamDecoder(codec), []
-    for start in range(0, len(ids), size):
-        pieces.append(decoder.push(ids[start : start + size], last=start + size >= len(ids)))
+    decoder = StreamDecoder(codec)
+    pieces = [
+        decoder.push(ids[start : start + size], last=start + size >= len(ids)) for start in range(0, len(ids), size)
+    ]
     assert "".join(pieces) == codec.decode(ids)
     assert not any("�" in piece for piece in pieces)
     assert sum(map(bool, pieces)) > 3

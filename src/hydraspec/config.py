@@ -78,7 +78,9 @@ class TrainingConfig:
     final_learning_rate: float = option(0.33, "the cosine ends at this fraction of the peak")
     clip: float = option(1.0, "largest gradient norm")
     dropout: float = option(0.0, "dropout before each block and the vocabulary layer")
-    held_out: int = option(200, "conversations kept out of training to measure the heads on, when no --eval-data is given")
+    held_out: int = option(
+        200, "conversations to measure on, at most; without --eval-data they are kept out of training"
+    )
     autocast: str = option("auto", "auto, bfloat16 or float32: the dtype of the matrix products in training")
     seed: int = option(0, "seed of the initial weights and of the data's order")
 

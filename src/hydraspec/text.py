@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hydraspec.errors import CheckpointError, RequestError
 from hydraspec.hub import fetch
 from hydraspec.types import StopCheck
+
 
 class TextCodec:
     """A tokenizer with its chat template.
@@ -62,7 +63,7 @@ class TextCodec:
         elif prompt and isinstance(prompt[0], dict):
             if not self.is_chat:
                 raise RequestError("this model has no chat template: give the prompt as one string")
-            text = self.render(prompt, answer_follows=True)
+            text = self.render(cast("Sequence[dict[str, str]]", prompt), answer_follows=True)
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         else:
             ids = [int(token) for token in prompt]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import torch
 
 from hydraspec.accept.greedy import GreedyAcceptance, follow_choices
@@ -35,7 +37,7 @@ def test_the_longest_matching_path_is_found_on_random_trees():
         best: list[int] = [0]
         for node in range(tree.num_nodes):
             path = sorted(set(tree.root_to_node[node].tolist()), key=lambda n: int(tree.depths[n]))
-            agreed = all(tokens[row, b] == chosen[row, a] for a, b in zip(path, path[1:], strict=False))
+            agreed = all(tokens[row, b] == chosen[row, a] for a, b in pairwise(path))
             if agreed and len(path) > len(best):
                 best = path
         assert accepted.path[row, : accepted.counts[row]].tolist() == best

@@ -1,4 +1,4 @@
-"""Exactness on random models of real architectures: scripted heads accept long paths, Hydra++ heads bring their layer."""
+"""Exactness on random models of real architectures: scripted heads accept long paths, Hydra++ brings its layer."""
 
 import pytest
 
@@ -31,7 +31,13 @@ ARCHITECTURES = {
     "GPT-2": ("gpt2", {"n_positions": 256}),
     "GPT-OSS": (
         "gpt_oss",
-        {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": MIXED},
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": MIXED,
+        },
     ),
 }
 NEW = 24

@@ -45,7 +45,7 @@ def test_retain_keeps_the_rows_asked_for(tiny_llama):
     cache.retain([2, 0])
     assert cache.lengths == [5, 6]
     logits = tiny_llama.verify(torch.tensor([[8], [9]]), find_tree("root"), cache).logits[:, 0]
-    for row, text in enumerate([prompts[2, :5].tolist() + [8], prompts[0].tolist() + [9]]):
+    for row, text in enumerate([[*prompts[2, :5].tolist(), 8], [*prompts[0].tolist(), 9]]):
         torch.testing.assert_close(logits[row], _read(tiny_llama, text)[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -59,4 +59,6 @@ def test_prompts_may_be_read_in_pieces(tiny_llama):
 
 def test_memory_is_what_the_slabs_take(tiny_llama):
     cache = tiny_llama.new_cache(3, 20)
-    assert cache.num_bytes == 4 * 2 * 3 * 2 * 20 * 16 * 4  # layers, keys and values, batch, heads, slots, width, float32
+    assert (
+        cache.num_bytes == 4 * 2 * 3 * 2 * 20 * 16 * 4
+    )  # layers, keys and values, batch, heads, slots, width, float32

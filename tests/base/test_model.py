@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,18 +77,18 @@ def test_models_whose_attention_ignores_the_tree_are_refused():
 def test_broken_model_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no config"):
         BaseModel.load(str(tmp_path))
-    shipped = find_shipped("tiny-assistant")
+    shipped = Path(find_shipped("tiny-assistant"))
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(open(f"{shipped}/config.json").read())
+    (folder / "config.json").write_text((shipped / "config.json").read_text())
     with pytest.raises(CheckpointError, match="weights"):
         BaseModel.load(str(folder))
-    tensors = load_file(f"{shipped}/model.safetensors")
+    tensors = load_file(shipped / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 of its tensors, the first is model\.norm\.weight"):
         BaseModel.load(str(folder))
-    whole = open(f"{shipped}/model.safetensors", "rb").read()
+    whole = (shipped / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="weights"):
         BaseModel.load(str(folder))

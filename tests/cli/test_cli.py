@@ -12,7 +12,12 @@ from hydraspec.shipped import find_shipped
 from tests.conftest import make_model
 
 TALK = json.dumps(
-    {"conversations": [{"from": "human", "value": "A coffee, please."}, {"from": "gpt", "value": "Which size would you like?"}]}
+    {
+        "conversations": [
+            {"from": "human", "value": "A coffee, please."},
+            {"from": "gpt", "value": "Which size would you like?"},
+        ]
+    }
 )
 
 
@@ -40,7 +45,9 @@ def assert_refused(result: tuple[int, str, str], message: str) -> None:
 
 
 def test_generate_prints_the_answer(call, shipped):
-    code, out, err = call("generate", "tiny-assistant", "Hello", "--heads", "hydra++", "--max-new-tokens", 12, "--stats")
+    code, out, err = call(
+        "generate", "tiny-assistant", "Hello", "--heads", "hydra++", "--max-new-tokens", 12, "--stats"
+    )
     assert code == 0
     assert out == shipped.generate("Hello", max_new_tokens=12)[0].text + "\n"
     assert "acceptance length" in err
@@ -68,8 +75,14 @@ def test_help_and_version(call):
         (["generate", "tiny-assistant", "word " * 2000], "context holds 1024"),
         (["generate", "tiny-assistant", "Hello", "--max-new-tokens", "1024"], "do not fit"),
         (["info", "no/such/folder"], "no model"),
-        (["train", "--base", "tiny-assistant", "--heads", "griffin", "--data", "x", "--out", "y"], "no heads are called"),
-        (["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", "x.jsonl", "--out", "y"], "does not exist"),
+        (
+            ["train", "--base", "tiny-assistant", "--heads", "griffin", "--data", "x", "--out", "y"],
+            "no heads are called",
+        ),
+        (
+            ["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", "x.jsonl", "--out", "y"],
+            "does not exist",
+        ),
     ],
 )
 def test_mistakes_are_one_line(call, words, message):
@@ -79,7 +92,9 @@ def test_mistakes_are_one_line(call, words, message):
 def test_a_tree_with_a_gap_is_one_line(call, tmp_path):
     file = tmp_path / "gap.json"
     file.write_text("[[0], [2]]")
-    assert_refused(call("generate", "tiny-assistant", "Hello", "--heads", "hydra", "--tree", file), "leaves a gap; add [1]")
+    assert_refused(
+        call("generate", "tiny-assistant", "Hello", "--heads", "hydra", "--tree", file), "leaves a gap; add [1]"
+    )
 
 
 def test_heads_of_another_base_are_one_line(call, tmp_path):
@@ -130,7 +145,9 @@ def test_training_writes_heads_that_decode(call, tmp_path):
 def test_broken_data_is_named_by_its_line_and_nothing_is_written(call, tmp_path):
     data, out = tmp_path / "talks.jsonl", tmp_path / "heads"
     data.write_text(f"{TALK}\n{TALK}\n{{broken\n")
-    assert_refused(call("train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data, "--out", out), "line 3")
+    assert_refused(
+        call("train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data, "--out", out), "line 3"
+    )
     assert not out.exists()
 
 

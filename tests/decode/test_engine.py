@@ -46,14 +46,18 @@ def test_a_ragged_batch_says_what_each_prompt_says_alone(tiny_llama, truth, tree
 
 
 def test_perfect_guesses_are_all_accepted(tiny_llama, truth):
-    outputs, records = run(tiny_llama, scripted(tiny_llama, truth, lambda _: 0), "chain-4", [Request(tuple(PROMPTS[0]), 31)])
+    outputs, records = run(
+        tiny_llama, scripted(tiny_llama, truth, lambda _: 0), "chain-4", [Request(tuple(PROMPTS[0]), 31)]
+    )
     assert outputs[0].token_ids == truth[0][:31]
     assert outputs[0].acceptance_length == 5.0
     assert [r.accepted for r in records[1:]] == [(4,)] * 6
 
 
 def test_wrong_guesses_cost_nothing_but_time(tiny_llama, truth):
-    outputs, _ = run(tiny_llama, scripted(tiny_llama, truth, lambda _: None), "small-16", [Request(tuple(PROMPTS[0]), NEW)])
+    outputs, _ = run(
+        tiny_llama, scripted(tiny_llama, truth, lambda _: None), "small-16", [Request(tuple(PROMPTS[0]), NEW)]
+    )
     assert outputs[0].token_ids == truth[0][:NEW]
 
 
@@ -77,7 +81,9 @@ def test_end_of_text_cuts_inside_an_accepted_block(tiny_llama, truth, place):
 
 @pytest.mark.parametrize("limit", range(1, 8))
 def test_the_limit_counts_tokens_not_steps(tiny_llama, truth, limit):
-    outputs, _ = run(tiny_llama, scripted(tiny_llama, truth, lambda _: 0), "chain-4", [Request(tuple(PROMPTS[0]), limit)])
+    outputs, _ = run(
+        tiny_llama, scripted(tiny_llama, truth, lambda _: 0), "chain-4", [Request(tuple(PROMPTS[0]), limit)]
+    )
     assert outputs[0].token_ids == truth[0][:limit]
     assert outputs[0].finish_reason == "length"
 
@@ -108,7 +114,9 @@ def test_a_tree_that_the_heads_cannot_fill_is_refused(tiny_llama):
 
 
 def test_records_tell_what_each_step_did(tiny_llama, truth):
-    outputs, records = run(tiny_llama, scripted(tiny_llama, truth), "small-16", [Request(tuple(p), NEW) for p in PROMPTS])
+    outputs, records = run(
+        tiny_llama, scripted(tiny_llama, truth), "small-16", [Request(tuple(p), NEW) for p in PROMPTS]
+    )
     assert records[0].nodes == 0
     assert {r.nodes for r in records[1:]} == {16}
     for index, output in enumerate(outputs):

@@ -24,7 +24,9 @@ def test_what_is_saved_is_loaded(tiny_llama, tmp_path, kind):
     save_heads(heads, tmp_path / kind, Provenance("tiny-llama", tiny_llama.fingerprint()), dtype=torch.float32)
     loaded = load_heads(str(tmp_path / kind), tiny_llama)
     assert loaded.config == heads.config
-    assert all(torch.equal(a, b) for a, b in zip(heads.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(heads.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     assert sorted(file.name for file in (tmp_path / kind).iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -43,7 +43,14 @@ def test_conversations_are_read_with_their_line_numbers(tmp_path, packed):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", '{"id": 3}', '{"conversations": []}', '{"conversations": [{"from": "dog", "value": "wuff"}]}', '{"conversations": [{"from": "gpt"}]}', "[1]"],
+    [
+        "{",
+        '{"id": 3}',
+        '{"conversations": []}',
+        '{"conversations": [{"from": "dog", "value": "wuff"}]}',
+        '{"conversations": [{"from": "gpt"}]}',
+        "[1]",
+    ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path, line):
     file = write(tmp_path, json.dumps(TALK), line)
@@ -67,7 +74,10 @@ def test_the_mask_marks_what_the_assistant_wrote(codec, tmp_path):
     marked = [token for token, mine in zip(example.ids, example.mask, strict=True) if mine]
     assert codec.tokenizer.decode(marked) == "Which size?<|end|>It is ready.<|end|>"
     unmarked = [token for token, mine in zip(example.ids, example.mask, strict=True) if not mine]
-    assert codec.tokenizer.decode(unmarked) == "<|user|>A coffee, please.<|end|><|assistant|><|user|>Large.<|end|><|assistant|>"
+    assert (
+        codec.tokenizer.decode(unmarked)
+        == "<|user|>A coffee, please.<|end|><|assistant|><|user|>Large.<|end|><|assistant|>"
+    )
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(codec, tmp_path):
@@ -76,7 +86,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(codec, tmp_path):
             return f"{len(messages)} turns " + super().render(messages, answer_follows)
 
     with pytest.raises(DataError, match="line 9: the chat template rewrites"):
-        encode_conversation(Odd(codec.tokenizer), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "line 9")
+        encode_conversation(
+            Odd(codec.tokenizer), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "line 9"
+        )
 
 
 def test_batches_hold_every_example_once_and_keep_the_bound(codec, tmp_path):

@@ -52,7 +52,7 @@ class BaseModel:
         self.output_layer: nn.Module = model.get_output_embeddings()
         self.input_layer: nn.Module = model.get_input_embeddings()
         self.hidden_size = int(self.config.hidden_size)
-        self.vocab_size = int(self.output_layer.weight.shape[0])
+        self.vocab_size = len(self.output_layer.get_parameter("weight"))
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.eos_token_ids = _find_eos(model)
         # A model without the attention interface keeps its own attention code, which adds its mask.
@@ -107,7 +107,9 @@ class BaseModel:
             raise CheckpointError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing:
-            raise CheckpointError(f"{name} lacks {len(missing)} of its tensors, the first is {missing[0]}; copy it again")
+            raise CheckpointError(
+                f"{name} lacks {len(missing)} of its tensors, the first is {missing[0]}; copy it again"
+            )
         model = model.to(device)
         if device.type == "cpu" and model.dtype == torch.float32:
             store_columns_first(model)
@@ -179,7 +181,7 @@ class BaseModel:
     def fingerprint(self) -> str:
         """A hash of the config's shape and of the input embeddings, the same for every dtype and device."""
         identity = {key: getattr(self.config, key, None) for key in _IDENTITY}
-        weight = self.input_layer.weight
+        weight = self.input_layer.get_parameter("weight")
         rows = torch.linspace(0, len(weight) - 1, min(len(weight), 1024)).long().to(weight.device)
         sample = weight.detach()[rows].to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy()
         return hashlib.sha256(json.dumps(identity).encode() + sample.tobytes()).hexdigest()[:32]
@@ -213,7 +215,9 @@ class BaseModel:
                     )
             hidden = seen.hidden[row].to(self.dtype)
             if not torch.allclose(self.project(hidden).float(), seen.logits[row].float(), rtol=1e-2, atol=1e-2):
-                logger.warning("%s transforms its logits in an unknown way; tied vocabulary layers leave that out", self.name)
+                logger.warning(
+                    "%s transforms its logits in an unknown way; tied vocabulary layers leave that out", self.name
+                )
 
 
 class _Tap:

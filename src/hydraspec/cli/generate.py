@@ -19,7 +19,9 @@ def generate(
     heads: Heads = None,
     tree: TreeName = None,
     raw: Annotated[bool, typer.Option("--raw", help="take the prompt as it is, without the chat template")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="print tokens, acceptance length and speed at the end")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="print tokens, acceptance length and speed at the end")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

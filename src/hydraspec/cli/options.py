@@ -47,6 +47,8 @@ def takes(config_class: type) -> Callable[[Callable], Callable]:
 
 Model = Annotated[str, typer.Argument(help="a model folder, a hub id, or a shipped model: tiny-assistant")]
 Heads = Annotated[str | None, typer.Option(help="heads: a folder, a hub id, or the kind that is shipped with MODEL")]
-TreeName = Annotated[str | None, typer.Option("--tree", help="root, chain-K, small-8, small-16, published-63 or FILE.json")]
+TreeName = Annotated[
+    str | None, typer.Option("--tree", help="root, chain-K, small-8, small-16, published-63 or FILE.json")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; left out: a GPU where there is one")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: float32 on a CPU")]

@@ -1,0 +1,1 @@
+"""The decode loop. Start reading in step.py."""

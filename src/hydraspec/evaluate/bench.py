@@ -55,11 +55,8 @@ def decode_with(llm: LLM, max_new_tokens: int) -> Method:
     def run(prompt: Sequence[int]) -> Run:
         output = Output()
         request = llm.make_request(list(prompt), max_new_tokens)
-        spent: list[Seconds] = []
         start = time.perf_counter()
-        for record in llm.run([request], [output]):
-            if record.nodes:
-                spent.append(record.seconds)
+        spent = [record.seconds for record in llm.run([request], [output])]
         seconds = time.perf_counter() - start
         stages = Seconds(*(sum(getattr(s, name) for s in spent) for name in ("draft", "verify", "accept", "commit")))
         return Run(output.token_ids, seconds, output.steps, output.step_tokens, stages)
@@ -73,9 +70,7 @@ def decode_with_transformers(model: PreTrainedModel, max_new_tokens: int) -> Met
     def run(prompt: Sequence[int]) -> Run:
         ids = torch.tensor([list(prompt)], device=model.device)
         start = time.perf_counter()
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
         new = out[0, ids.shape[1] :].tolist()
         return Run(new, time.perf_counter() - start, len(new) - 1, len(new) - 1)
 

@@ -64,7 +64,7 @@ class DraftHeads(nn.Module):
         """Initialise separate vocabulary layers from the base model's lm_head."""
         for layer in self.vocabulary:
             assert isinstance(layer, nn.Linear)
-            layer.weight.copy_(base.output_layer.weight)
+            layer.weight.copy_(base.output_layer.get_parameter("weight"))
             bias = getattr(base.output_layer, "bias", None)
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 

@@ -129,8 +129,15 @@ def _estimate_seconds(base: BaseModel, heads: DraftHeads, batches: Sequence[Batc
 def _train_with_bar(
     base: BaseModel, heads: DraftHeads, batches: Sequence[Batch], config: TrainingConfig, console: Console
 ) -> int:
-    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), TextColumn("{task.fields[speed]:,.0f} tokens/s"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar, _asked_to_stop() as ask:
+    columns = (
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+    )
+    with (
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar,
+        _asked_to_stop() as ask,
+    ):
         task = bar.add_task("training", total=len(batches), loss=float("nan"), speed=0.0)
         smooth: list[float] = []
 
@@ -169,5 +176,3 @@ def _print_accuracy(accuracy: Sequence[loop.HeadAccuracy], console: Console) -> 
     for head, a in enumerate(accuracy):
         table.add_row(str(head), f"{a.top1:.1%}", f"{a.top5:.1%}")
     console.print(table)
-
-

@@ -51,4 +51,6 @@ def find_tree(name: str | Tree) -> Tree:
         return make_chain(int(name[6:]))
     if name.endswith(".json"):
         return Tree.from_json(Path(name))
-    raise TreeError(f"no tree is called {name!r}: choose {', '.join(PRESETS)}, chain-K (K from 1 to 64) or a .json file")
+    raise TreeError(
+        f"no tree is called {name!r}: choose {', '.join(PRESETS)}, chain-K (K from 1 to 64) or a .json file"
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,10 +138,11 @@ class Tree:
         moved = Tree(self.paths, self.name)
         for name in ("parents", "depths", "ancestors", "root_to_node", "leaf_paths"):
             moved.__dict__[name] = getattr(self, name).to(device)
-        moved.__dict__["expansion"] = tuple(
-            Depth(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(stage).items()})
-            for stage in self.expansion
-        )
+        stages = []
+        for stage in self.expansion:
+            tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(stage).items() if isinstance(v, Tensor)}
+            stages.append(replace(stage, **tensors))
+        moved.__dict__["expansion"] = tuple(stages)
         return moved
 
     def cut(self, depth: int) -> Tree:
@@ -183,5 +185,7 @@ def _validate(paths: Iterable[Sequence[int]], name: str) -> tuple[tuple[int, ...
             raise TreeError(f"tree {name}: path {list(path)} has no parent; add {list(path[:-1])}")
         if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known:
             missing = [*path[:-1], path[-1] - 1]
-            raise TreeError(f"tree {name}: path {list(path)} leaves a gap; add {missing}, ranks run from 0 without gaps")
+            raise TreeError(
+                f"tree {name}: path {list(path)} leaves a gap; add {missing}, ranks run from 0 without gaps"
+            )
     return tuple(sorted(given, key=lambda path: (len(path), path)))
