@@ -92,7 +92,7 @@ class TrainingConfig:
             raise HydraspecError(f"autocast must be auto, bfloat16 or float32, not {self.autocast!r}")
         if self.max_length > self.batch_tokens:
             raise HydraspecError(
-                f"max_length {self.max_length} does not fit a batch of batch_tokens {self.batch_tokens}: lower the first"
+                f"max_length {self.max_length} does not fit a batch of batch_tokens {self.batch_tokens}: lower it"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,6 +27,12 @@ def demo(
 ) -> None:
     """Watch Hydra decode, then compare it with plain decoding: same tokens, less time."""
     from rich.console import Console
+
+    show_demo(Console(highlight=False), tree, max_new_tokens, rounds, json)
+
+
+def show_demo(console: Console, tree: str | None, max_new_tokens: int, rounds: int, json: Path | None) -> None:
+    """The demo on a given console; see `demo`."""
     from rich.progress import Progress
 
     from hydraspec.cli.loading import load_quietly
@@ -37,7 +43,6 @@ def demo(
     from hydraspec.llm import LLM, PLAIN
     from hydraspec.shipped import DEMO_MODEL, find_shipped_heads
 
-    console = Console(highlight=False)
     best = load_quietly(DEMO_MODEL, "hydra++", tree, "cpu", "float32")
     machine = describe_machine()
     console.print(f"{DEMO_MODEL}, float32, {machine['threads']} threads on {machine['cpu']}; tree {best.tree.name}\n")
