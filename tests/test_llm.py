@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 import hydraspec
 from hydraspec.errors import CheckpointError, HydraspecError, RequestError
@@ -51,8 +52,16 @@ def test_wrong_arguments_are_refused(shipped):
         shipped.generate("Hello", max_new_tokens=0)
     with pytest.raises(HydraspecError, match="stop string"):
         shipped.generate("Hello", stop="")
+    for device in ("cuda:99", "toaster"):
+        with pytest.raises(HydraspecError, match=f"device {device} cannot be used"):
+            hydraspec.load("tiny-assistant", device=device)
     with pytest.raises(CheckpointError, match="no dtype"):
         hydraspec.load("tiny-assistant", dtype="float7")
+
+
+def test_tensors_of_token_ids_are_prompts(shipped):
+    ids = torch.tensor(shipped.codec.encode(PROMPT))
+    assert shipped.generate(ids, max_new_tokens=5, stop=None) == shipped.generate([ids], max_new_tokens=5)
 
 
 def test_no_prompts_give_no_outputs(shipped):

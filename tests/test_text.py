@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from hydraspec.errors import RequestError
@@ -20,7 +22,7 @@ def test_prompts_come_as_text_messages_or_tokens(codec):
     assert codec.encode("Hello there", raw=True) == as_text[1:-2]  # the template adds roles and the end of the turn
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", [], [5, 99999], [-1]])
+@pytest.mark.parametrize("prompt", ["", "  \n", [], [5, 99999], [-1], 7, {"role": "user"}, [["a", "b"]], [{"text": 1}]])
 def test_empty_and_impossible_prompts_are_refused(codec, prompt):
     with pytest.raises(RequestError):
         codec.encode(prompt)
@@ -49,6 +51,18 @@ def test_a_stream_never_shows_a_stop_string(codec, stop):
         if done:
             break
     assert shown == cut_at_stop(codec.decode(ids), [stop])
+
+
+def test_special_tokens_can_be_stop_strings(codec):
+    ids = [*codec.encode("fine", raw=True), codec.tokenizer.convert_tokens_to_ids("<|user|>"), 9]
+    assert check_stop_strings(codec, ["<|user|>"])(ids, 2) == len(ids) - 1
+
+
+def test_what_the_template_refuses_is_one_line(codec):
+    strict = TextCodec(copy.copy(codec.tokenizer))
+    strict.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(RequestError, match="refuses these messages: no system role"):
+        strict.encode("Hello")
 
 
 @pytest.mark.parametrize("new", [1, 3, 7])

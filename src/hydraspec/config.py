@@ -44,7 +44,7 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class DecodingConfig:
     """What one request asks of the decode loop."""
 
     max_new_tokens: int | None = option(None, "tokens to write at most; left out: 128, or what the context leaves")

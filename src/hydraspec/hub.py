@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from hydraspec.errors import CheckpointError
 
@@ -31,6 +31,10 @@ def fetch(name: str, what: str) -> str:
         return name
     try:
         listed = [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings or ()]
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{what} {name!r} is gated: accept its licence on the hub and log in (hf auth login)"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise CheckpointError(f"no {what} {name!r}: it is neither a folder here, nor shipped, nor on the hub") from None
     except Exception as error:  # of the network, of several libraries

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from hydraspec.base.model import BaseModel
-from hydraspec.config import GenerationConfig
+from hydraspec.config import DecodingConfig
 from hydraspec.decode.engine import PLAIN, Engine
 from hydraspec.errors import CheckpointError, RequestError
 from hydraspec.heads.checkpoint import load_heads
 from hydraspec.heads.protocol import DraftHeads
+from hydraspec.hub import fetch
 from hydraspec.shipped import find_shipped, find_shipped_heads
 from hydraspec.text import StreamDecoder, TextCodec, check_stop_strings, cut_at_stop
 from hydraspec.tree import Tree, find_tree
@@ -44,7 +45,7 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen_tree = find_tree(tree) if tree is not None else None
-    path = find_shipped(model)
+    path = fetch(find_shipped(model), "model")
     base = BaseModel.load(path, device, _parse_dtype(dtype))
     codec = TextCodec.load(path)
     draft_heads = load_heads(find_shipped_heads(heads, path), base, allow_other_base) if heads is not None else None
@@ -69,7 +70,7 @@ class LLM:
         self,
         prompts: str | Sequence[Any],
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         tree: str | Tree | None = None,
         raw: bool = False,
@@ -90,6 +91,7 @@ class LLM:
         Raises:
             RequestError: a prompt is empty or does not fit; none has started then.
         """
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays of token ids
         batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [self.make_request(p, max_new_tokens, stop, ignore_eos, raw) for p in batch]
         outputs = [Output() for _ in requests]
@@ -104,18 +106,24 @@ class LLM:
         self,
         prompt: str | Sequence[Any],
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         tree: str | Tree | None = None,
         raw: bool = False,
     ) -> Iterator[str]:
         """Continue one prompt, a piece of text at a time; arguments and errors as in `generate`."""
         request = self.make_request(prompt, max_new_tokens, stop, ignore_eos, raw)
-        output, decoder = Output(), StreamDecoder(self.codec, _as_tuple(stop))
-        for record in self.run([request], [output], tree):
-            piece = decoder.push(record.emitted[0], last=output.finish_reason is not None)
+        for _, piece in self.stream_steps(request, Output(), stop, tree):
             if piece:
                 yield piece
+
+    def stream_steps(
+        self, request: Request, output: Output, stop: str | Sequence[str] | None = (), tree: str | Tree | None = None
+    ) -> Iterator[tuple[StepRecord, str]]:
+        """Decode one request; each step's record and the text that it made certain. Fills `output`."""
+        decoder = StreamDecoder(self.codec, _as_tuple(stop))
+        for record in self.run([request], [output], tree):
+            yield record, decoder.push(record.emitted[0], last=output.finish_reason is not None)
 
     def run(
         self, requests: Sequence[Request], outputs: Sequence[Output], tree: str | Tree | None = None
@@ -128,7 +136,7 @@ class LLM:
         self,
         prompt: str | Sequence[Any],
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         raw: bool = False,
     ) -> Request:
@@ -137,7 +145,7 @@ class LLM:
         Raises:
             RequestError: the prompt is empty, or longer than the model's context.
         """
-        config = GenerationConfig(max_new_tokens, _as_tuple(stop), ignore_eos)
+        config = DecodingConfig(max_new_tokens, _as_tuple(stop), ignore_eos)
         ids = self.codec.encode(prompt, raw)
         limit = self.base.max_length
         room = limit - len(ids) if limit is not None else DEFAULT_NEW_TOKENS
@@ -161,11 +169,12 @@ def pick_tree(base: BaseModel, heads: DraftHeads | None) -> Tree:
 
 
 def _is_one_prompt(prompts: str | Sequence[Any]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | int))
+    """Whether this is a string, a list of messages or of token ids, rather than a list of such."""
+    return isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], dict | int))
 
 
-def _as_tuple(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _as_tuple(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

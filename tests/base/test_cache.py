@@ -55,10 +55,3 @@ def test_prompts_may_be_read_in_pieces(tiny_llama):
     tiny_llama.prefill(text[:, :5], [5], cache)
     logits = tiny_llama.prefill(text[:, 5:], [7], cache).logits[0, 0]
     torch.testing.assert_close(logits, _read(tiny_llama, text[0].tolist())[-1], rtol=1e-4, atol=1e-4)
-
-
-def test_memory_is_what_the_slabs_take(tiny_llama):
-    cache = tiny_llama.new_cache(3, 20)
-    assert (
-        cache.num_bytes == 4 * 2 * 3 * 2 * 20 * 16 * 4
-    )  # layers, keys and values, batch, heads, slots, width, float32

@@ -142,6 +142,16 @@ def test_training_writes_heads_that_decode(call, tmp_path):
     assert_refused(call(*words), "is there already")
 
 
+def test_folders_that_cannot_be_written_are_refused_before_training(call, tmp_path):
+    data, blocked = tmp_path / "talks.jsonl", tmp_path / "file"
+    data.write_text(TALK)
+    blocked.write_text("")
+    words = ["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data]
+    assert_refused(call(*words, "--out", blocked / "heads"), "cannot be written")
+    assert_refused(call(*words, "--out", tmp_path / "heads", "--max-length", 2048), "context of 1024")
+    assert not (tmp_path / "heads").exists()
+
+
 def test_broken_data_is_named_by_its_line_and_nothing_is_written(call, tmp_path):
     data, out = tmp_path / "talks.jsonl", tmp_path / "heads"
     data.write_text(f"{TALK}\n{TALK}\n{{broken\n")

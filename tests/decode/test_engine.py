@@ -1,11 +1,12 @@
 import pytest
 
+from hydraspec.base.model import BaseModel
 from hydraspec.decode.engine import Engine, emit
 from hydraspec.errors import RequestError, TreeError
 from hydraspec.heads import new_heads
 from hydraspec.tree import find_tree
 from hydraspec.types import Output, Request
-from tests.conftest import Script, ScriptedHeads, generate_plainly, random_prompts
+from tests.conftest import Script, ScriptedHeads, generate_plainly, make_model, random_prompts
 
 NEW = 40
 PROMPTS = random_prompts([5, 19, 11, 1])
@@ -94,6 +95,34 @@ def test_decoding_goes_up_to_the_last_position_of_the_context(tiny_llama):
     heads = ScriptedHeads(tiny_llama, Script([text], lambda _: 0))
     outputs, _ = run(tiny_llama, heads, "chain-4", [Request(tuple(prompt), 6)])
     assert prompt + outputs[0].token_ids == text
+
+
+@pytest.mark.parametrize("kind", ["medusa", "hydra++"])
+def test_learned_positions_are_never_asked_for_beyond_the_context(kind):
+    base = BaseModel(make_model("gpt2", n_positions=64), "gpt2")
+    prompts = random_prompts([58, 12])
+    heads = new_heads(base, kind).prepare(base.device, base.dtype)
+    requests = [Request(tuple(prompts[0]), 6), Request(tuple(prompts[1]), 40)]
+    outputs, _ = run(base, heads, "published-63", requests)
+    for prompt, request, output in zip(prompts, requests, outputs, strict=True):
+        assert output.token_ids == generate_plainly(base.model, prompt, request.max_new_tokens)
+
+
+def test_longrope_models_stay_within_their_original_context():
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = make_model(
+        "phi3",
+        rope_parameters=factors,
+        original_max_position_embeddings=32,
+        max_position_embeddings=256,
+    )
+    base = BaseModel(model, "phi3")
+    assert base.max_length == 32
+    prompt = random_prompts([24])[0]
+    truth = generate_plainly(model, prompt, 8)
+    heads = ScriptedHeads(base, Script([prompt + truth], lambda _: 0))
+    outputs, _ = run(base, heads, "chain-4", [Request(tuple(prompt), 8)])
+    assert outputs[0].token_ids == truth
 
 
 def test_what_cannot_fit_is_refused_before_anything_starts(tiny_llama):

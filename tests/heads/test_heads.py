@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hydraspec.errors import HydraspecError
+from hydraspec.errors import HydraspecError, UnsupportedModel
 from hydraspec.heads import KINDS, new_heads
 
 
@@ -77,6 +77,17 @@ def test_prefix_attention_looks_back(tiny_llama):
     changed[0, 0] += 1
     before, after = heads.read_contexts(hidden), heads.read_contexts(changed)
     assert (before[0, 5] - after[0, 5]).abs().max() > 1e-3
+
+
+def test_rotary_frequencies_stay_float32(tiny_llama):
+    heads = new_heads(tiny_llama, "hydra++").prepare(tiny_llama.device, torch.bfloat16)
+    assert {p.dtype for p in heads.parameters()} == {torch.bfloat16}
+    assert heads.prefix.decoder.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_prefix_layer_that_cannot_be_made_is_refused(tiny_llama):
+    with pytest.raises(UnsupportedModel, match="no prefix layer"):
+        new_heads(tiny_llama, "hydra++", prefix_layer={"model_type": "no such model"})
 
 
 def test_unknown_kinds_are_refused(tiny_llama):

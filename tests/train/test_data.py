@@ -59,6 +59,12 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line):
     assert "\n" not in str(refused.value)
 
 
+def test_conversations_that_begin_with_an_answer_begin_after_it(tmp_path):
+    talk = {"conversations": [{"from": "gpt", "value": "…and so on."}, *TALK["conversations"]]}
+    (_, messages), *_ = read_conversations(write(tmp_path, json.dumps(talk)))
+    assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant"]
+
+
 def test_missing_and_truncated_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         list(read_conversations(tmp_path / "none.jsonl"))

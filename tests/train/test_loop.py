@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hydraspec.base.model import BaseModel
 from hydraspec.config import TrainingConfig
 from hydraspec.errors import HydraspecError
 from hydraspec.heads import KINDS, new_heads
 from hydraspec.train import loop
 from hydraspec.train.data import Example, pad
 from hydraspec.train.objectives import cross_entropy, teacher_cross_entropy
+from tests.conftest import make_model
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,18 @@ def test_accuracy_counts_right_guesses(tiny_llama, batch):
     measured = loop.measure_accuracy(tiny_llama, heads, examples)
     assert math.isclose(measured[0].top1, right / total, abs_tol=1e-6)
     assert measured[0].top5 >= measured[0].top1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_base_trains_float32_heads(batch, kind):
+    base = BaseModel(make_model("llama").to(torch.bfloat16), "half")
+    heads = new_heads(base, kind, num_heads=2, tied_vocabulary=True)
+    examples = [Example(ids.tolist(), mask.tolist()) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    for autocast in ("float32", "bfloat16"):
+        config = TrainingConfig(autocast=autocast, teacher_weight=1.0)
+        assert loop.train(base, heads, [batch], config) == 1
+    assert len(loop.measure_accuracy(base, heads, examples)) == 2
+    assert {p.dtype for p in heads.parameters()} == {torch.float32}
 
 
 def test_recipes_are_the_papers_unless_given():

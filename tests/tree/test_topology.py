@@ -13,15 +13,14 @@ def test_everything_is_derived_from_the_paths():
     assert tree.paths == ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
     assert tree.num_nodes == 7
     assert tree.depth == 3
-    assert tree.parents.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert tree.parents == (0, 0, 0, 1, 1, 2, 3)
     assert tree.depths.tolist() == [0, 1, 1, 2, 2, 2, 3]
     assert tree.children == ((1, 2), (3, 4), (5,), (6,), (), (), ())
     assert tree.ancestors[6].nonzero().flatten().tolist() == [0, 1, 3, 6]
     assert tree.root_to_node[6].tolist() == [0, 1, 3, 6]
     assert tree.leaf_paths.tolist() == [[0, 1, 4, 4], [0, 2, 5, 5], [0, 1, 3, 6]]
     root, first, second = tree.expansion
-    assert (root.parents.tolist(), root.children.tolist(), root.ranks.tolist(), root.width) == ([0], [1, 2], [0, 1], 2)
-    assert first.parents.tolist() == [1, 2]
+    assert (root.paths.tolist(), root.children.tolist(), root.ranks.tolist(), root.width) == ([[0]], [1, 2], [0, 1], 2)
     assert first.paths.tolist() == [[0, 1], [0, 2]]
     assert first.children.tolist() == [3, 4, 5]
     assert first.parent_rows.tolist() == [0, 0, 1]

@@ -42,6 +42,13 @@ class StepLayout:
         assert self.slots.shape == self.positions.shape
         assert self.visible is None or self.visible.shape == (*self.slots.shape, self.view)
 
+    def positions_within(self, context: int | None) -> Tensor:
+        """`positions`, none beyond a model's context.
+
+        Nodes and padding may lie beyond it, but are never kept; learned positions must not be asked for them.
+        """
+        return self.positions if context is None else self.positions.clamp_max(context - 1)
+
 
 _layout: ContextVar[StepLayout] = ContextVar("hydraspec_layout")
 _additive: ContextVar[bool] = ContextVar("hydraspec_additive", default=False)

@@ -125,11 +125,6 @@ class SlotCache(Cache):
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]  # [B, 1], beside [B, T] slots
 
     @property
-    def num_bytes(self) -> int:
-        """Memory of the slabs in bytes."""
-        return sum(slab.numel() * slab.element_size() for slab in self.slabs)
-
-    @property
     def lengths_tensor(self) -> Tensor:
         """`lengths` as `[B]` int64 on the cache's device."""
         return torch.tensor(self.lengths, device=self.device)

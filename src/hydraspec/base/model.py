@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import LayerShape, SlotCache
-from hydraspec.errors import CheckpointError, UnsupportedModel
+from hydraspec.errors import CheckpointError, HydraspecError, UnsupportedModel
 from hydraspec.hub import fetch
 from hydraspec.tree.topology import Tree
 from hydraspec.types import Verified
@@ -53,7 +53,7 @@ class BaseModel:
         self.input_layer: nn.Module = model.get_input_embeddings()
         self.hidden_size = int(self.config.hidden_size)
         self.vocab_size = len(self.output_layer.get_parameter("weight"))
-        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.max_length = find_context(self.config)
         self.eos_token_ids = _find_eos(model)
         # A model without the attention interface keeps its own attention code, which adds its mask.
         self._additive = not type(model)._can_set_attn_implementation()
@@ -64,6 +64,7 @@ class BaseModel:
         self.cache_shapes = probe_cache_shapes(
             self.config, lambda cache: self.model(input_ids=ids, past_key_values=cache, use_cache=True), self.name
         )
+        self._warn_of_processors()
         if self_check:
             self.check_tree_attention()
 
@@ -87,7 +88,7 @@ class BaseModel:
             CheckpointError: there is no such model, or its files are damaged or incomplete.
             UnsupportedModel: it cannot be decoded as a tree.
         """
-        device = torch.device(device)
+        device = parse_device(device)
         folder = fetch(name, "model")
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
@@ -110,7 +111,10 @@ class BaseModel:
             raise CheckpointError(
                 f"{name} lacks {len(missing)} of its tensors, the first is {missing[0]}; copy it again"
             )
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise HydraspecError(f"{name} does not fit the memory of {device}: {_first_line(error)}") from error
         if device.type == "cpu" and model.dtype == torch.float32:
             store_columns_first(model)
         return cls(model, name, self_check)
@@ -165,13 +169,19 @@ class BaseModel:
             self.model(input_ids=ids, use_cache=False)
         return tap.hidden
 
+    def _warn_of_processors(self) -> None:
+        """Say which of the generation config's changes to the distribution are not applied."""
+        generation = getattr(self.model, "generation_config", None)
+        neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+        for name in (*neutral, "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
+            value = getattr(generation, name, None)
+            if value is not None and value != neutral.get(name):
+                logger.warning("%s asks for %s=%s when it generates; that is not applied", self.name, name, value)
+
     def _forward(self, ids: Tensor, cache: SlotCache, last: Tensor | None = None) -> Verified:
         layout = cache.layout
         assert layout is not None
-        positions = layout.positions
-        if self.max_length is not None and max(cache.lengths) + ids.shape[1] > self.max_length:
-            # Nodes beyond the context are never kept, but learned positions must not be asked for them.
-            positions = positions.clamp_max(self.max_length - 1)
+        positions = layout.positions_within(self.max_length)
         with attend_with(self.config, layout, self._additive), _Tap(self.output_layer, last) as tap:
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return Verified(logits=out.logits, hidden=tap.hidden)
@@ -179,7 +189,7 @@ class BaseModel:
     # -- identity and trust -------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A hash of the config's shape and of the input embeddings, the same for every dtype and device."""
+        """A hash of the config's shape and the input embeddings, the same in float32 and bfloat16, on every device."""
         identity = {key: getattr(self.config, key, None) for key in _IDENTITY}
         weight = self.input_layer.get_parameter("weight")
         rows = torch.linspace(0, len(weight) - 1, min(len(weight), 1024)).long().to(weight.device)
@@ -245,6 +255,20 @@ class _Tap:
         return (args[0][rows, self._last][:, None],)
 
 
+def parse_device(name: str | torch.device) -> torch.device:
+    """A device by name.
+
+    Raises:
+        HydraspecError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HydraspecError(f"device {name} cannot be used here: {_first_line(error)}") from None
+    return device
+
+
 def refuse_recurrent(kind: type, config: Any, name: str) -> None:
     """Raise `UnsupportedModel` for a model class that keeps state which cannot be branched or taken back."""
     layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
@@ -289,6 +313,16 @@ def store_columns_first(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def find_context(config: Any) -> int | None:
+    """Tokens of context that a model was made for, or None where its config does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond the original context all positions turn by other angles, earlier tokens' too: no cache is right then.
+        original = rope.get("original_max_position_embeddings")
+        return original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _find_eos(model: PreTrainedModel) -> frozenset[int]:

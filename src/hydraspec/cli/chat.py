@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
-from hydraspec.config import GenerationConfig
+from hydraspec.config import DecodingConfig
 
 
-@takes(GenerationConfig)
+@takes(DecodingConfig)
 def chat(
     model: Model,
-    config: GenerationConfig,
+    config: DecodingConfig,
     heads: Heads = None,
     tree: TreeName = None,
     device: Device = None,

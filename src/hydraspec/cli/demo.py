@@ -63,14 +63,12 @@ def show_demo(console: Console, tree: str | None, max_new_tokens: int, rounds: i
 
 def stream_in_colours(llm: LLM, prompt: str, max_new_tokens: int, console: Console) -> None:
     """Print one answer as it comes, the tokens of each step in one of two colours in turn."""
-    from hydraspec.text import StreamDecoder
     from hydraspec.types import Output
 
     console.print(f"[dim]prompt:[/] {prompt}")
     console.print("[dim]answer:[/] ", end="")
-    request, output, decoder = llm.make_request(prompt, max_new_tokens), Output(), StreamDecoder(llm.codec)
-    for number, record in enumerate(llm.run([request], [output])):
-        piece = decoder.push(record.emitted[0], last=output.finish_reason is not None)
+    request, output = llm.make_request(prompt, max_new_tokens), Output()
+    for number, (_, piece) in enumerate(llm.stream_steps(request, output)):
         console.print(piece, end="", style=STYLES[number % 2], markup=False, soft_wrap=True)
     console.print(
         f"\n[dim]{len(output.token_ids)} tokens in {output.steps} steps, each in one colour: "

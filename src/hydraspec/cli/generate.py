@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
-from hydraspec.config import GenerationConfig
+from hydraspec.config import DecodingConfig
 
 
-@takes(GenerationConfig)
+@takes(DecodingConfig)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
-    config: GenerationConfig,
+    config: DecodingConfig,
     heads: Heads = None,
     tree: TreeName = None,
     raw: Annotated[bool, typer.Option("--raw", help="take the prompt as it is, without the chat template")] = False,
@@ -27,16 +27,15 @@ def generate(
 ) -> None:
     """Continue PROMPT with MODEL and print the text as it comes."""
     from hydraspec.cli.loading import load_quietly
-    from hydraspec.text import StreamDecoder
     from hydraspec.types import Output
 
     text = sys.stdin.read() if prompt == "-" else prompt
     llm = load_quietly(model, heads, tree, device, dtype)
     request = llm.make_request(text, config.max_new_tokens, config.stop, config.ignore_eos, raw)
-    output, decoder, seconds = Output(), StreamDecoder(llm.codec, config.stop), 0.0
-    for record in llm.run([request], [output]):
+    output, seconds = Output(), 0.0
+    for record, piece in llm.stream_steps(request, output, config.stop):
         seconds += record.seconds.total
-        sys.stdout.write(decoder.push(record.emitted[0], last=output.finish_reason is not None))
+        sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     if stats:

@@ -19,10 +19,11 @@ def info(
 
     from hydraspec.cli.loading import silence_transformers
     from hydraspec.errors import CheckpointError
+    from hydraspec.hub import fetch
     from hydraspec.shipped import find_shipped
 
     silence_transformers()
-    path = find_shipped(name)
+    path = fetch(find_shipped(name), "model or heads")
     config_file = Path(path) / "config.json"
     is_heads = False
     if config_file.is_file():

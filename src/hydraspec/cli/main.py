@@ -53,12 +53,16 @@ def run() -> None:
     except HydraspecError as error:
         sys.stderr.write(f"hydraspec: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nhydraspec: stopped\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("\nhydraspec: stopped\n")
+        raise
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that may not be written
+        sys.stderr.write(f"hydraspec: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

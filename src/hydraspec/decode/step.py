@@ -64,7 +64,7 @@ def draft(base: BaseModel, heads: DraftHeads | None, tree: Tree, running: Runnin
     for depth, stage in enumerate(tree.expansion):
         path = base.embed(tokens[:, stage.paths])  # [B, P, depth + 1, d]
         logits = heads.guess(depth, running.heads, path, base.project)  # [B, P or 1, V]
-        best = logits.topk(stage.width).indices.expand(-1, len(stage.parents), -1)  # [B, P, width]
+        best = logits.topk(stage.width).indices.expand(-1, len(stage.paths), -1)  # [B, P, width]
         tokens[:, stage.children] = best[:, stage.parent_rows, stage.ranks]
     return Draft(tokens)
 

@@ -70,7 +70,13 @@ def decode_with_transformers(model: PreTrainedModel, max_new_tokens: int) -> Met
     def run(prompt: Sequence[int]) -> Run:
         ids = torch.tensor([list(prompt)], device=model.device)
         start = time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+        )
         new = out[0, ids.shape[1] :].tolist()
         return Run(new, time.perf_counter() - start, len(new) - 1, len(new) - 1)
 

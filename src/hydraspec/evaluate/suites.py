@@ -28,8 +28,8 @@ DEMO_PROMPTS = (
 def read_prompts(file: Path, codec: TextCodec, count: int, max_tokens: int) -> list[list[int]]:
     """Prompts from held-out conversations: each up to a turn of the user's, with the answer to follow.
 
-    The k-th conversation gives its first user turn, the next its second, and so on in a cycle of four, so that short
-    and long histories both occur. Prompts over `max_tokens` tokens are left out.
+    The first prompt ends with the first user turn of its conversation, the next with the second of its own, and so on
+    in a cycle of four, so that short and long histories both occur. Prompts over `max_tokens` tokens are left out.
 
     Raises:
         DataError: the file cannot be read, or holds too few.

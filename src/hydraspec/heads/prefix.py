@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import SlotCache
-from hydraspec.base.model import probe_cache_shapes
+from hydraspec.base.model import find_context, probe_cache_shapes
 from hydraspec.config import HeadsConfig
 from hydraspec.errors import UnsupportedModel
 from hydraspec.heads.blocks import gather_last
@@ -24,12 +23,14 @@ _NOT_OF_THE_LAYER = ("_name_or_path", "architectures", "dtype", "transformers_ve
 
 def cut_to_one_layer(config: Any) -> dict[str, Any]:
     """The config of a decoder with one layer of the base's own kind, as plain JSON values."""
-    cut = copy.deepcopy(config)
-    cut.num_hidden_layers = 1
-    if getattr(cut, "layer_types", None):
-        cut.layer_types = ["full_attention" if "full_attention" in cut.layer_types else cut.layer_types[-1]]
-    values = cut.to_dict()
+    values = config.to_dict()
     kept = {key: value for key, value in values.items() if key not in _NOT_OF_THE_LAYER}
+    count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    layers = kept[count]
+    for key, value in kept.items():
+        if isinstance(value, list) and len(value) == layers:  # one entry a layer
+            kept[key] = ["full_attention"] if "full_attention" in value else value[-1:]
+    kept[count] = 1
     return {**kept, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
@@ -41,9 +42,14 @@ class PrefixLayer(nn.Module):
         if not config.prefix_layer:
             raise UnsupportedModel("hydra++ heads need the config of their prefix layer (prefix_layer)")
         values = dict(config.prefix_layer)
-        self.layer_config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
-        self.decoder = AutoModel.from_config(self.layer_config, dtype=torch.float32)
-        self.decoder.set_input_embeddings(nn.Identity())  # hidden states come in, never token ids
+        try:
+            self.layer_config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+            self.decoder = AutoModel.from_config(self.layer_config, dtype=torch.float32)
+            self.decoder.set_input_embeddings(nn.Identity())  # hidden states come in, never token ids
+        except Exception as error:  # of any model's own code
+            reason = " ".join(str(error).split())
+            raise UnsupportedModel(f"no prefix layer can be made of this config ({reason}); use hydra heads") from error
+        self.context = find_context(self.layer_config)
         self.additive = not type(self.decoder)._can_set_attn_implementation()
         self._shapes: Any = None
 
@@ -68,7 +74,10 @@ class PrefixLayer(nn.Module):
         layout = cache.layout_chain(hidden.shape[1])
         with attend_with(self.layer_config, layout, self.additive):
             out = self.decoder(
-                inputs_embeds=hidden, position_ids=layout.positions, past_key_values=cache, use_cache=True
+                inputs_embeds=hidden,
+                position_ids=layout.positions_within(self.context),
+                past_key_values=cache,
+                use_cache=True,
             )
         cache.advance(counts)
         return out.last_hidden_state

@@ -70,7 +70,9 @@ class DraftHeads(nn.Module):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> DraftHeads:
         """Move to a device and dtype and freeze, for decoding."""
-        self.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.to(device=device).eval().requires_grad_(False)
+        for parameter in self.parameters():  # not the buffers: rotary frequencies lose their meaning in bfloat16
+            parameter.data = parameter.data.to(dtype)
         if device.type == "cpu" and dtype == torch.float32:
             store_columns_first(self)
         return self

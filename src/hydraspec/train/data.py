@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydraspec.errors import DataError
+from hydraspec.errors import DataError, RequestError
 from hydraspec.text import TextCodec
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -54,7 +56,7 @@ def read_conversations(file: Path) -> Iterator[tuple[int, list[dict[str, str]]]]
                     yield number, _parse_line(line, f"{file}, line {number}")
     except FileNotFoundError:
         raise DataError(f"data file {file} does not exist") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{file} cannot be read after line {number}: {error}") from None
 
 
@@ -68,11 +70,12 @@ def _parse_line(line: str, where: str) -> list[dict[str, str]]:
         raise DataError(f'{where} has no list of turns under "conversations"')
     messages = []
     for turn in turns:
-        role = ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise DataError(f'{where}: a turn needs "from" (human, gpt or system) and "value" (text), not {turn!r:.80}')
         messages.append({"role": role, "content": turn["value"]})
-    return messages
+    # A conversation that was cut out of a longer one may begin with an answer to nothing.
+    return list(dropwhile(lambda message: message["role"] == "assistant", messages))
 
 
 def encode_conversation(codec: TextCodec, messages: Sequence[dict[str, str]], where: str) -> Example:
@@ -83,15 +86,20 @@ def encode_conversation(codec: TextCodec, messages: Sequence[dict[str, str]], wh
     Raises:
         DataError: the template does not extend its own prefix, so that the spans cannot be told.
     """
-    text = codec.render(messages)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = codec.render(messages[:turn], answer_follows=True)
-            after = text if turn == len(messages) - 1 else codec.render(messages[: turn + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise DataError(f"{where}: the chat template rewrites earlier turns, so the assistant's cannot be told")
-            spans.append((len(before), len(after)))
+    try:
+        text = codec.render(messages)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = codec.render(messages[:turn], answer_follows=True)
+                after = text if turn == len(messages) - 1 else codec.render(messages[: turn + 1])
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise DataError(
+                        f"{where}: the chat template rewrites earlier turns; the assistant's cannot be told"
+                    )
+                spans.append((len(before), len(after)))
+    except RequestError as error:
+        raise DataError(f"{where}: {error}") from None
     encoded = codec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask, span = [], 0
     for start, end in encoded["offset_mapping"]:
@@ -111,13 +119,15 @@ def read_examples(file: Path, codec: TextCodec, max_length: int, limit: int | No
         raise DataError("the base model's tokenizer has no chat template, which tells the assistant's tokens")
     given = 0
     for number, messages in read_conversations(file):
+        if given == limit:
+            return
+        if not messages:
+            continue
         example = encode_conversation(codec, messages, f"{file}, line {number}")
         example = Example(example.ids[:max_length], example.mask[:max_length])
         if sum(example.mask) > 1:
             yield example
             given += 1
-            if given == limit:
-                return
 
 
 def make_batches(examples: Sequence[Example], batch_tokens: int, seed: int) -> list[Batch]:

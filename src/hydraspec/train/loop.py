@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -55,22 +55,12 @@ def resolve_recipe(kind: str, config: TrainingConfig) -> tuple[int, float, float
 
 
 def pick_autocast(base: BaseModel, choice: str) -> AbstractContextManager:
-    """bfloat16 products where the machine has instructions for them, else the weights' own dtype."""
+    """bfloat16 products where the machine has instructions for them (or is asked to), else the weights' own dtype."""
     if choice == "auto":
-        if base.device.type == "cpu":
-            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-            fast = fast and _cpu_has_bf16()
-        else:
-            fast = True
-        choice = "bfloat16" if fast else "float32"
+        choice = "bfloat16" if base.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() else "float32"
     if choice == "float32":
         return nullcontext()
     return torch.autocast(base.device.type, dtype=torch.bfloat16)
-
-
-def _cpu_has_bf16() -> bool:
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(check and check())
 
 
 def head_rows(batch: Batch, head: int) -> tuple[Tensor, Tensor]:
@@ -90,25 +80,47 @@ def path_embeddings(base: BaseModel, batch: Batch, rows: Tensor, times: Tensor, 
     return base.embed(batch.ids[rows[:, None], times[:, None] + steps].to(base.device))
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The logits `[R, V]` of one head at the places `(rows, times)` of a batch where it is trained."""
+
+    head: int
+    rows: Tensor
+    times: Tensor
+    logits: Tensor
+
+
+def score_heads(base: BaseModel, heads: DraftHeads, batch: Batch, hidden: Tensor) -> Iterator[Scored]:
+    """Run each head over a batch, given the true tokens before; `hidden` `[B, T, d]` is the base model's."""
+    # Heads are trained in float32 whatever the base's dtype is; only its own layers get its dtype.
+    dtype = next(heads.parameters()).dtype
+    contexts = heads.read_contexts(hidden.to(dtype))
+
+    def project(states: Tensor) -> Tensor:
+        return base.project(states.to(base.dtype))
+
+    for head in range(heads.num_heads):
+        rows, times = head_rows(batch, head)
+        if len(rows):
+            path = path_embeddings(base, batch, rows, times, head).to(dtype) if heads.grounded else None
+            yield Scored(head, rows, times, heads.score(head, contexts[rows, times], path, project))
+
+
 def compute_loss(
     base: BaseModel, heads: DraftHeads, batch: Batch, teacher_weight: float, data_weight: float
 ) -> Tensor | None:
     """The sum over heads of each head's mean loss on one batch; None where the batch trains nothing."""
     hidden = base.read_hidden_states(batch.ids.to(base.device))
-    contexts = heads.read_contexts(hidden)
     teacher, teacher_row = _read_teacher(base, hidden, batch) if teacher_weight else (None, None)
     losses = []
-    for head in range(heads.num_heads):
-        rows, times = head_rows(batch, head)
-        if len(rows) == 0:
-            continue
-        path = path_embeddings(base, batch, rows, times, head) if heads.grounded else None
-        logits = heads.score(head, contexts[rows, times], path, base.project)
+    for scored in score_heads(base, heads, batch, hidden):
+        rows, times = scored.rows, scored.times
         if data_weight:
-            targets = batch.ids[rows, times + head + 2].to(base.device)
-            losses.append(data_weight * cross_entropy(logits, targets))
+            targets = batch.ids[rows, times + scored.head + 2].to(base.device)
+            losses.append(data_weight * cross_entropy(scored.logits, targets))
         if teacher is not None and teacher_row is not None:
-            losses.append(teacher_weight * teacher_cross_entropy(logits, teacher[teacher_row[rows, times + head + 1]]))
+            target = teacher[teacher_row[rows, times + scored.head + 1].to(base.device)]
+            losses.append(teacher_weight * teacher_cross_entropy(scored.logits, target))
     return torch.stack(losses).sum() if losses else None
 
 
@@ -210,22 +222,13 @@ def measure_accuracy(base: BaseModel, heads: DraftHeads, examples: Sequence[Exam
     right1 = torch.zeros(heads.num_heads)
     right5 = torch.zeros(heads.num_heads)
     total = torch.zeros(heads.num_heads)
-    for batch in _quiet_batches(examples):
-        contexts = heads.read_contexts(base.read_hidden_states(batch.ids.to(base.device)))
-        for head in range(heads.num_heads):
-            rows, times = head_rows(batch, head)
-            if len(rows) == 0:
-                continue
-            path = path_embeddings(base, batch, rows, times, head) if heads.grounded else None
-            best = heads.score(head, contexts[rows, times], path, base.project).topk(5, dim=-1).indices.cpu()
-            right = best == batch.ids[rows, times + head + 2][:, None]
-            right1[head] += right[:, 0].sum()
-            right5[head] += right.any(-1).sum()
-            total[head] += len(rows)
+    for batch in make_batches(examples, batch_tokens=4096, seed=0):
+        hidden = base.read_hidden_states(batch.ids.to(base.device))
+        for scored in score_heads(base, heads, batch, hidden):
+            best = scored.logits.topk(5, dim=-1).indices.cpu()
+            right = best == batch.ids[scored.rows, scored.times + scored.head + 2][:, None]
+            right1[scored.head] += right[:, 0].sum()
+            right5[scored.head] += right.any(-1).sum()
+            total[scored.head] += len(right)
     total = total.clamp_min(1)
     return [HeadAccuracy(float(a), float(b)) for a, b in zip(right1 / total, right5 / total, strict=True)]
-
-
-def _quiet_batches(examples: Sequence[Example]) -> Iterator[Batch]:
-    batches: Iterable[Batch] = make_batches(examples, 4096, seed=0)
-    yield from batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,9 @@ def train_to_folder(
         raise HydraspecError(f"no heads are called {kind!r}: choose {', '.join(KINDS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HydraspecError(f"{out} is there already and not empty: name another folder, or remove it")
+    home = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise HydraspecError(f"{out} cannot be written: {home} is no folder that may be written to")
     for file in (data, eval_data):
         if file is not None and not file.is_file():
             raise DataError(f"data file {file} does not exist")
@@ -57,6 +61,8 @@ def train_to_folder(
     torch.manual_seed(config.seed)
     base = BaseModel.load(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     codec = TextCodec.load(path)
+    if base.max_length is not None and config.max_length > base.max_length:
+        raise HydraspecError(f"max_length {config.max_length} is beyond the base model's context of {base.max_length}")
     with console.status(f"reading {data.name}"):
         examples = list(read_examples(data, codec, config.max_length))
         if eval_data is not None:
@@ -66,7 +72,7 @@ def train_to_folder(
             examples, held_out = examples[:cut], examples[cut:]
     if not examples:
         raise DataError(f"{data} holds no conversation with an answer to learn from")
-    layers, teacher, own = loop.resolve_recipe(kind, config)
+    layers, teacher_weight, data_weight = loop.resolve_recipe(kind, config)
     heads = new_heads(
         base,
         kind,
@@ -80,7 +86,7 @@ def train_to_folder(
     tokens = sum(batch.num_tokens for batch in batches)
     console.print(
         f"{kind} heads: {sum(p.numel() for p in heads.parameters()):,} parameters, {config.num_heads} heads of "
-        f"{layers} blocks; teacher weight {teacher:g}, data weight {own:g}"
+        f"{layers} blocks; teacher weight {teacher_weight:g}, data weight {data_weight:g}"
     )
     estimate = _estimate_seconds(base, heads, batches, config)
     console.print(f"{tokens:,} tokens in {len(batches):,} steps: about {estimate / 60:.0f} min; Ctrl-C saves and ends")
@@ -89,11 +95,7 @@ def train_to_folder(
     done = _train_with_bar(base, heads, batches, config, console)
     seconds = time.perf_counter() - start
     trained = sum(batch.num_tokens for batch in batches[:done])
-    accuracy = loop.measure_accuracy(base, heads, held_out) if held_out else []
     measured: dict[str, Any] = {
-        "held_out_conversations": len(held_out),
-        "top1": [round(a.top1, 4) for a in accuracy],
-        "top5": [round(a.top5, 4) for a in accuracy],
         "training_seconds": round(seconds),
         "tokens_per_second": round(trained / seconds) if seconds else 0,
     }
@@ -105,6 +107,13 @@ def train_to_folder(
         measured=measured,
         versions=library_versions(),
     )
+    save_heads(heads, out, provenance)  # before anything else can fail
+    accuracy = loop.measure_accuracy(base, heads, held_out) if held_out else []
+    measured |= {
+        "held_out_conversations": len(held_out),
+        "top1": [round(a.top1, 4) for a in accuracy],
+        "top5": [round(a.top5, 4) for a in accuracy],
+    }
     save_heads(heads, out, provenance)
     _print_accuracy(accuracy, console)
     console.print(f"saved to {out}{'' if done == len(batches) else f', after {done} of {len(batches)} steps'}")
@@ -112,15 +121,17 @@ def train_to_folder(
 
 def _estimate_seconds(base: BaseModel, heads: DraftHeads, batches: Sequence[Batch], config: TrainingConfig) -> float:
     """What the run will take, from two batches tried and thrown away."""
-    _, teacher, own = loop.resolve_recipe(heads.config.kind, config)
+    _, teacher_weight, data_weight = loop.resolve_recipe(heads.config.kind, config)
     heads.to(base.device).train()
     spent: list[float] = []
     for batch in (batches[0], batches[-1]):
         start = time.perf_counter()
         with loop.pick_autocast(base, config.autocast):
-            loss = loop.compute_loss(base, heads, batch, teacher, own)
+            loss = loop.compute_loss(base, heads, batch, teacher_weight, data_weight)
         if loss is not None:
             loss.backward()
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
         spent.append((time.perf_counter() - start) / batch.num_tokens)
     heads.zero_grad(set_to_none=True)
     return min(spent) * sum(batch.num_tokens for batch in batches)

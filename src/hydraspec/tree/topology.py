@@ -19,14 +19,13 @@ from hydraspec.errors import TreeError
 class Depth:
     """What drafting needs to know of one depth: who is expanded there, and where the children go.
 
-    Example: in the tree `[[0], [1], [0, 0], [0, 1]]` the root's depth has `parents = [0]`, `children = [1, 2]`,
-    `parent_rows = [0, 0]`, `ranks = [0, 1]`, `width = 2`; the next has `parents = [1]`, `children = [3, 4]`.
+    Example: in the tree `[[0], [1], [0, 0], [0, 1]]` the root's depth has `paths = [[0]]`, `children = [1, 2]`,
+    `parent_rows = [0, 0]`, `ranks = [0, 1]`, `width = 2`; the next has `paths = [[0, 1]]`, `children = [3, 4]`.
     """
 
-    parents: Tensor  # [P] nodes of this depth that have children
-    paths: Tensor  # [P, depth + 1] the nodes from the root to each parent, both included
+    paths: Tensor  # [P, depth + 1] the nodes from the root to each node that has children, both included
     children: Tensor  # [C] nodes of the next depth
-    parent_rows: Tensor  # [C] index into `parents` of each child's parent
+    parent_rows: Tensor  # [C] index into `paths` of each child's parent
     ranks: Tensor  # [C] the child is its parent's rank-th most likely token
     width: int  # how many of the most likely tokens are needed: the largest rank + 1
 
@@ -62,15 +61,10 @@ class Tree:
         return max((len(path) for path in self.paths), default=0)
 
     @cached_property
-    def parent_list(self) -> tuple[int, ...]:
+    def parents(self) -> tuple[int, ...]:
         """The parent of each node; the root is its own."""
         index = {path: node for node, path in enumerate(self.paths, start=1)}
         return (0, *(index[path[:-1]] if len(path) > 1 else 0 for path in self.paths))
-
-    @cached_property
-    def parents(self) -> Tensor:
-        """`[N]` int64: the parent of each node; the root is its own."""
-        return torch.tensor(self.parent_list)
 
     @cached_property
     def depths(self) -> Tensor:
@@ -82,7 +76,7 @@ class Tree:
         """`[N, N]` bool: row i marks the nodes on the path from the root to node i, both included."""
         mask = torch.eye(self.num_nodes, dtype=torch.bool)
         for node in range(1, self.num_nodes):
-            mask[node] |= mask[self.parent_list[node]]
+            mask[node] |= mask[self.parents[node]]
         return mask
 
     @cached_property
@@ -90,7 +84,7 @@ class Tree:
         """The children of each node, by rank."""
         lists: list[list[int]] = [[] for _ in range(self.num_nodes)]
         for node in range(1, self.num_nodes):
-            lists[self.parent_list[node]].append(node)
+            lists[self.parents[node]].append(node)
         return tuple(map(tuple, lists))
 
     @cached_property
@@ -100,7 +94,7 @@ class Tree:
         for node in range(self.num_nodes):
             path = [node]
             while path[0] != 0:
-                path.insert(0, self.parent_list[path[0]])
+                path.insert(0, self.parents[path[0]])
             rows.append(path + [node] * (self.depth + 1 - len(path)))
         return torch.tensor(rows)
 
@@ -121,10 +115,9 @@ class Tree:
             ranks = [self.paths[child - 1][-1] for child in children]
             stages.append(
                 Depth(
-                    parents=torch.tensor(parents),
                     paths=self.root_to_node[parents, : depth + 1],
                     children=torch.tensor(children),
-                    parent_rows=torch.tensor([parents.index(self.parent_list[child]) for child in children]),
+                    parent_rows=torch.tensor([parents.index(self.parents[child]) for child in children]),
                     ranks=torch.tensor(ranks),
                     width=max(ranks) + 1,
                 )
@@ -136,7 +129,7 @@ class Tree:
         if self.depths.device == torch.device(device):
             return self
         moved = Tree(self.paths, self.name)
-        for name in ("parents", "depths", "ancestors", "root_to_node", "leaf_paths"):
+        for name in ("depths", "ancestors", "root_to_node", "leaf_paths"):
             moved.__dict__[name] = getattr(self, name).to(device)
         stages = []
         for stage in self.expansion:
