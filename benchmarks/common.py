@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hydraspec.llm import LLM, load
 from hydraspec.shipped import find_shipped_heads
 
 KINDS = ("medusa", "hydra", "hydra++")
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def load_kinds(model: str, heads: list[str] | None = None) -> dict[str, LLM]:

@@ -27,6 +27,7 @@ class HeadsConfig:
     num_layers: int = option(1, "residual blocks in each head")
     shared_blocks: bool = option(False, "apply one block num_layers - 1 times, as the published code does")
     tied_vocabulary: bool = option(False, "use the base model's lm_head instead of one vocabulary layer a head")
+    draft_vocabulary: int = option(0, "propose only this many tokens, the data's most frequent ones; 0: any")
     dropout: float = option(0.0, "dropout before each block and the vocabulary layer, in training only")
     prefix_layer: dict[str, Any] | None = option(None, "the transformers config of the prefix attention layer")
 
@@ -66,6 +67,7 @@ class TrainingConfig:
     num_layers: int = option(0, "residual blocks in each head; 0: what the paper uses for this kind of heads")
     shared_blocks: bool = option(False, "apply one block num_layers - 1 times, as the published code does")
     tied_vocabulary: bool = option(False, "use the base model's lm_head instead of training one a head")
+    draft_vocabulary: int = option(0, "propose only this many tokens, the data's most frequent ones; 0: any")
     teacher_weight: float = option(-1.0, "weight of the cross-entropy to the base's distribution; -1: the paper's")
     data_weight: float = option(-1.0, "weight of the cross-entropy to the data's tokens; -1: the paper's")
     max_tokens: int = option(0, "tokens to train on in all; 0: every token of the data, epochs times")

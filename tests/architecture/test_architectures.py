@@ -52,8 +52,7 @@ def test_trees_say_what_plain_decoding_says(name):
     expected = [new[:NEW] for new in truth]
     scripted = ScriptedHeads(base, Script([p + new for p, new in zip(PROMPTS, truth, strict=True)]))
     drafts = {
-        kind: new_heads(base, kind, tied_vocabulary=True).prepare(base.device, base.dtype)
-        for kind in ("medusa", "hydra", "hydra++")
+        kind: new_heads(base, kind, tied_vocabulary=True).prepare(base) for kind in ("medusa", "hydra", "hydra++")
     }
     accepted = []
     for tree in ("chain-4", "small-16", "published-63"):

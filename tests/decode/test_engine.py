@@ -1,9 +1,10 @@
 import pytest
+import torch
 
 from hydraspec.base.model import BaseModel
 from hydraspec.decode.engine import Engine, emit
 from hydraspec.errors import RequestError, TreeError
-from hydraspec.heads import new_heads
+from hydraspec.heads import cut_vocabulary, new_heads
 from hydraspec.tree import find_tree
 from hydraspec.types import Output, Request
 from tests.conftest import Script, ScriptedHeads, generate_plainly, make_model, random_prompts
@@ -64,7 +65,13 @@ def test_wrong_guesses_cost_nothing_but_time(tiny_llama, truth):
 
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
 def test_untrained_heads_change_nothing(tiny_llama, truth, kind):
-    heads = new_heads(tiny_llama, kind).prepare(tiny_llama.device, tiny_llama.dtype)
+    heads = new_heads(tiny_llama, kind).prepare(tiny_llama)
+    outputs, _ = run(tiny_llama, heads, "published-63", [Request(tuple(p), NEW) for p in PROMPTS])
+    assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth]
+
+
+def test_a_cut_vocabulary_changes_nothing(tiny_llama, truth):
+    heads = cut_vocabulary(new_heads(tiny_llama, "hydra++"), torch.arange(96), 20).prepare(tiny_llama)
     outputs, _ = run(tiny_llama, heads, "published-63", [Request(tuple(p), NEW) for p in PROMPTS])
     assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth]
 
@@ -101,7 +108,7 @@ def test_decoding_goes_up_to_the_last_position_of_the_context(tiny_llama):
 def test_learned_positions_are_never_asked_for_beyond_the_context(kind):
     base = BaseModel(make_model("gpt2", n_positions=64), "gpt2")
     prompts = random_prompts([58, 12])
-    heads = new_heads(base, kind).prepare(base.device, base.dtype)
+    heads = new_heads(base, kind).prepare(base)
     requests = [Request(tuple(prompts[0]), 6), Request(tuple(prompts[1]), 40)]
     outputs, _ = run(base, heads, "published-63", requests)
     for prompt, request, output in zip(prompts, requests, outputs, strict=True):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError
-from hydraspec.heads import KINDS, new_heads
+from hydraspec.heads import KINDS, cut_vocabulary, new_heads
 from hydraspec.heads.checkpoint import Provenance, load_heads, save_heads
 from tests.conftest import make_model
 
@@ -28,6 +28,13 @@ def test_what_is_saved_is_loaded(tiny_llama, tmp_path, kind):
         torch.equal(a, b) for a, b in zip(heads.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     assert sorted(file.name for file in (tmp_path / kind).iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_cut_vocabulary_is_saved_with_its_token_ids(tiny_llama, tmp_path):
+    heads = cut_vocabulary(new_heads(tiny_llama, "medusa"), torch.arange(96), 30)
+    save_heads(heads, tmp_path, Provenance("tiny-llama", tiny_llama.fingerprint()))
+    loaded = load_heads(str(tmp_path), tiny_llama)
+    assert loaded.name_tokens(torch.tensor([0, 29])).tolist() == [66, 95]
 
 
 def test_heads_of_another_shape_are_refused_with_both_shapes(folder):

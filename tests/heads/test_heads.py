@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hydraspec.base.model import BaseModel
 from hydraspec.errors import HydraspecError, UnsupportedModel
-from hydraspec.heads import KINDS, new_heads
+from hydraspec.heads import KINDS, cut_vocabulary, new_heads
+from tests.conftest import make_model
 
 
 def _scramble(heads):
@@ -70,6 +72,21 @@ def test_contexts_grow_step_by_step_as_in_one_pass(tiny_llama, kind):
         torch.testing.assert_close(state.context[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fast_prefix_layer_is_the_models_own(bias):
+    base = BaseModel(make_model("llama", attention_bias=bias, mlp_bias=bias), "llama")
+    heads = _scramble(new_heads(base, "hydra++")).requires_grad_(False)
+    assert heads.prefix.fast
+    hidden, more = torch.randn(2, 9, 64), torch.randn(2, 4, 64)
+    contexts = {}
+    for heads.prefix.fast in (True, False):
+        state = heads.begin(hidden, [9, 5], 40)
+        heads.observe(state, more, [2, 4])
+        heads.observe(state, more[:, :1], [1, 1])
+        contexts[heads.prefix.fast] = state.context
+    torch.testing.assert_close(contexts[True], contexts[False], rtol=1e-5, atol=1e-5)
+
+
 def test_prefix_attention_looks_back(tiny_llama):
     heads = _scramble(new_heads(tiny_llama, "hydra++"))
     hidden = torch.randn(1, 6, 64)
@@ -79,8 +96,20 @@ def test_prefix_attention_looks_back(tiny_llama):
     assert (before[0, 5] - after[0, 5]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cut_vocabulary_proposes_the_frequent_tokens_only(tiny_llama, tied):
+    heads = _scramble(new_heads(tiny_llama, "hydra", tied_vocabulary=tied))
+    counts = torch.randperm(96)
+    cut = cut_vocabulary(heads, counts, 20).prepare(tiny_llama)
+    context, path = torch.randn(2, 1, 64), torch.randn(2, 1, 1, 64)
+    frequent = (counts >= 76).nonzero().flatten()
+    assert cut.name_tokens(torch.arange(20)).tolist() == frequent.tolist()
+    whole = heads.score(0, context, path, tiny_llama.project)
+    torch.testing.assert_close(cut.score(0, context, path, tiny_llama.project), whole[..., frequent])
+
+
 def test_rotary_frequencies_stay_float32(tiny_llama):
-    heads = new_heads(tiny_llama, "hydra++").prepare(tiny_llama.device, torch.bfloat16)
+    heads = new_heads(tiny_llama, "hydra++").prepare(BaseModel(make_model("llama").to(torch.bfloat16)))
     assert {p.dtype for p in heads.parameters()} == {torch.bfloat16}
     assert heads.prefix.decoder.rotary_emb.inv_freq.dtype == torch.float32
 

@@ -20,10 +20,10 @@ def test_everything_is_derived_from_the_paths():
     assert tree.root_to_node[6].tolist() == [0, 1, 3, 6]
     assert tree.leaf_paths.tolist() == [[0, 1, 4, 4], [0, 2, 5, 5], [0, 1, 3, 6]]
     root, first, second = tree.expansion
-    assert (root.paths.tolist(), root.children.tolist(), root.ranks.tolist(), root.width) == ([[0]], [1, 2], [0, 1], 2)
+    assert (root.paths.tolist(), root.children, root.picks.tolist(), root.width) == ([[0]], slice(1, 3), [0, 1], 2)
     assert first.paths.tolist() == [[0, 1], [0, 2]]
-    assert first.children.tolist() == [3, 4, 5]
-    assert first.parent_rows.tolist() == [0, 0, 1]
+    assert first.children == slice(3, 6)
+    assert first.picks.tolist() == [0, 1, 2]
     assert second.paths.tolist() == [[0, 1, 3]]
 
 

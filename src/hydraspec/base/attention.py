@@ -35,12 +35,16 @@ class StepLayout:
     positions: Tensor  # [B, T] int64: the token's position in its own text
     view: int  # S: no token of this forward sees a slot beyond it
     visible: Tensor | None  # [B, T, S] bool; None: causal order from an empty cache or, for T = 1, everything
-    slot_positions: Tensor | None  # [B, S] int64: the position of the token in each slot; None: its own index
     start: int | None  # the first slot, where it is the same in every sequence
 
     def __post_init__(self) -> None:
         assert self.slots.shape == self.positions.shape
         assert self.visible is None or self.visible.shape == (*self.slots.shape, self.view)
+
+    def find_slot_positions(self) -> Tensor:
+        """`[B, S]` int64: the position in its text of the token in each slot; committed tokens lie in order."""
+        indices = torch.arange(self.view, device=self.slots.device).repeat(len(self.slots), 1)
+        return indices.scatter_(1, self.slots, self.positions)
 
     def positions_within(self, context: int | None) -> Tensor:
         """`positions`, none beyond a model's context.
@@ -51,27 +55,27 @@ class StepLayout:
 
 
 _layout: ContextVar[StepLayout] = ContextVar("hydraspec_layout")
-_additive: ContextVar[bool] = ContextVar("hydraspec_additive", default=False)
+_explicit: ContextVar[bool] = ContextVar("hydraspec_explicit", default=False)
 
 
 @contextmanager
-def attend_with(config: Any, layout: StepLayout, additive: bool) -> Iterator[None]:
+def attend_with(config: Any, layout: StepLayout, explicit: bool) -> Iterator[None]:
     """Let the model that owns `config` attend as `layout` says, inside the block only.
 
     Args:
         config: the text config that the model's layers read; its attention implementation is set and restored.
         layout: slots, positions and visibility of the forward.
-        additive: write masks as floats to be added, for models that keep their own attention code.
+        explicit: always write a mask out, for models that keep their own attention code.
     """
     before = config._attn_implementation_internal
-    layout_token, additive_token = _layout.set(layout), _additive.set(additive)
+    layout_token, explicit_token = _layout.set(layout), _explicit.set(explicit)
     # The public setter would walk all sub-models at every step; this is the attribute that it ends up writing.
     config._attn_implementation_internal = IMPLEMENTATION
     try:
         yield
     finally:
         config._attn_implementation_internal = before
-        _additive.reset(additive_token)
+        _explicit.reset(explicit_token)
         _layout.reset(layout_token)
 
 
@@ -83,36 +87,44 @@ def build_mask(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
+    layout: StepLayout | None = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask of one kind of layer: the model's own rule on positions, and the tree's rule on slots.
 
+    Args:
+        batch_size: B.
+        q_length: T.
+        kv_length: S.
+        mask_function: the model's rule, on batch, head, query position and key position.
+        dtype: of the mask.
+        device: of the mask.
+        use_vmap: set by transformers where the rule cannot be evaluated on tensors.
+        layout: of the forward; None: the one that `attend_with` set.
+
     Returns:
-        `[B, 1, T, S]`, bool (True: seen) or, for models with their own attention code, float to be added.
+        `[B, 1, T, S]` floats to be added to the scores, so that no layer has to convert a bool mask anew.
         None where plain causal order is all there is to say.
     """
     if use_vmap:
         raise UnsupportedModel("this model overlays masks that cannot be evaluated on a tree's positions")
-    layout, additive = _layout.get(), _additive.get()
+    explicit = layout is None and _explicit.get()
+    layout = layout or _layout.get()
     plain = mask_function is causal_mask_function
-    if plain and layout.visible is None and not additive:
+    if plain and layout.visible is None and not explicit:
         return None
     if plain and layout.visible is not None:
         mask = layout.visible[:, None]  # ancestors lie before their descendants, so this is causal already
     else:
         batch = torch.arange(batch_size, device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-        slot_positions = layout.slot_positions
-        if slot_positions is None:
-            slot_positions = torch.arange(kv_length, device=device)[None]
         # Sliding windows and chunks are rules on positions in the text, not on slots of the cache.
-        mask = mask_function(batch, head, layout.positions[:, None, :, None], slot_positions[:, None, None, :])
+        positions, slot_positions = layout.positions[:, None, :, None], layout.find_slot_positions()[:, None, None]
+        mask = mask_function(batch, head, positions, slot_positions)
         if layout.visible is not None:
             mask = mask & layout.visible[:, None]
-        mask = mask.expand(batch_size, 1, q_length, kv_length)
-    if additive:
-        return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-    return mask
+    bias = torch.zeros(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
+    return bias.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def attend(
@@ -129,7 +141,7 @@ def attend(
     indices: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` [B, H, T, D] over `key` and `value` [B, Hkv, S, D], with a bool mask [B, 1, T, S].
+    """Attention of `query` [B, H, T, D] over `key` and `value` [B, Hkv, S, D], with an additive mask [B, 1, T, S].
 
     Without a mask the tokens are in causal order from the first slot, or (T = 1) see everything.
 
@@ -174,10 +186,11 @@ def _attend_explicitly(
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        mask = mask.tril() if scores.shape[-2] > 1 else mask
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is not None:
+        scores = scores + mask
+    elif scores.shape[-2] > 1:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
     if sinks is not None:
         columns = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = F.softmax(torch.cat([scores, columns], -1), -1)[..., :-1]

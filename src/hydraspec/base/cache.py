@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from hydraspec.base.attention import StepLayout
@@ -135,11 +136,11 @@ class SlotCache(Cache):
         steps = torch.arange(width, device=self.device)
         if not any(self.lengths):
             slots = steps.expand(len(self.lengths), width)
-            self.layout = StepLayout(slots, slots, width, None, None, 0)
+            self.layout = StepLayout(slots, slots, width, None, 0)
             return self.layout
         if width == 1 and all(length == first for length in self.lengths):
             slots = torch.full((len(self.lengths), 1), first, device=self.device)
-            self.layout = StepLayout(slots, slots, first + 1, None, None, first)
+            self.layout = StepLayout(slots, slots, first + 1, None, first)
             return self.layout
         ancestors = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
         return self._layout_nodes(steps, ancestors)
@@ -157,21 +158,15 @@ class SlotCache(Cache):
         view = max(self.lengths) + width
         assert view <= self.max_length, f"{view} slots needed, {self.max_length} there"
         nodes = torch.arange(width, device=self.device)
-        visible = torch.zeros(batch, width, view, dtype=torch.bool, device=self.device)
-        slot_positions = torch.arange(view, device=self.device).repeat(batch, 1)
         if uniform:
-            slots = (nodes + first).expand(batch, width)
-            positions = (depths + first).expand(batch, width)
-            visible[:, :, :first] = True
-            visible[:, :, first:] = ancestors
-            slot_positions[:, first:] = depths + first
+            slots, positions = (nodes + first).expand(batch, width), (depths + first).expand(batch, width)
+            visible = F.pad(ancestors, (first, 0), value=True).expand(batch, width, view)
         else:
             lengths = self.lengths_tensor[:, None]
             slots, positions = lengths + nodes, lengths + depths
-            visible |= (torch.arange(view, device=self.device) < lengths)[:, None]
+            visible = (torch.arange(view, device=self.device) < lengths)[:, None].repeat(1, width, 1)
             visible.scatter_(2, slots[:, None].expand(batch, width, width), ancestors.expand(batch, width, width))
-            slot_positions.scatter_(1, slots, positions)
-        self.layout = StepLayout(slots, positions, view, visible, slot_positions, first if uniform else None)
+        self.layout = StepLayout(slots, positions, view, visible, first if uniform else None)
         return self.layout
 
     def advance(self, counts: Sequence[int]) -> None:

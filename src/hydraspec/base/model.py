@@ -56,7 +56,7 @@ class BaseModel:
         self.max_length = find_context(self.config)
         self.eos_token_ids = _find_eos(model)
         # A model without the attention interface keeps its own attention code, which adds its mask.
-        self._additive = not type(model)._can_set_attn_implementation()
+        self._explicit_masks = not type(model)._can_set_attn_implementation()
         self._scale = float(getattr(self.config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
@@ -182,7 +182,7 @@ class BaseModel:
         layout = cache.layout
         assert layout is not None
         positions = layout.positions_within(self.max_length)
-        with attend_with(self.config, layout, self._additive), _Tap(self.output_layer, last) as tap:
+        with attend_with(self.config, layout, self._explicit_masks), _Tap(self.output_layer, last) as tap:
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return Verified(logits=out.logits, hidden=tap.hidden)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import MappingProxyType
+
+from torch import Tensor
 
 from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
@@ -12,7 +15,7 @@ from hydraspec.heads.medusa import MedusaHeads
 from hydraspec.heads.prefix import HydraPlusPlusHeads, cut_to_one_layer
 from hydraspec.heads.protocol import DraftHeads, HeadState
 
-__all__ = ["KINDS", "DraftHeads", "HeadState", "build_heads", "new_heads"]
+__all__ = ["KINDS", "DraftHeads", "HeadState", "build_heads", "cut_vocabulary", "new_heads"]
 
 KINDS: MappingProxyType[str, type[DraftHeads]] = MappingProxyType(
     {"medusa": MedusaHeads, "hydra": HydraHeads, "hydra++": HydraPlusPlusHeads}
@@ -28,6 +31,17 @@ def build_heads(config: HeadsConfig) -> DraftHeads:
     if config.kind not in KINDS:
         raise HydraspecError(f"no heads are called {config.kind!r}: choose {', '.join(KINDS)}")
     return KINDS[config.kind](config)
+
+
+def cut_vocabulary(heads: DraftHeads, counts: Tensor, size: int) -> DraftHeads:
+    """The same heads, proposing only the `size` tokens of the largest `counts` `[V]`.
+
+    The result is to be saved or prepared; training goes on with the heads that it was made of.
+    """
+    cut = build_heads(dataclasses.replace(heads.config, draft_vocabulary=size))
+    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    cut.load_state_dict({**heads.state_dict(), "token_ids": ids})
+    return cut
 
 
 def new_heads(base: BaseModel, kind: str, **options: object) -> DraftHeads:

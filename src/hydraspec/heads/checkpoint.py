@@ -50,7 +50,10 @@ def library_versions() -> dict[str, str]:
 
 def save_heads(heads: DraftHeads, folder: Path, provenance: Provenance, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write heads into `folder`, each file whole; the config comes last, so that a torn folder is seen as one."""
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in heads.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in heads.state_dict().items()
+    }
     write_whole(folder / "model.safetensors", lambda file: save_file(tensors, file))
     content = {"format": FORMAT, "heads": heads.config.to_dict(), "provenance": dataclasses.asdict(provenance)}
     write_json(folder / "config.json", content)
@@ -121,4 +124,4 @@ def load_heads(name: str, base: BaseModel, allow_other_base: bool = False) -> Dr
                 f"{file}: {key} has shape {list(tensors[key].shape)}, its config asks for {list(expected[key].shape)}"
             )
     heads.load_state_dict(tensors)
-    return heads.prepare(base.device, base.dtype)
+    return heads.prepare(base)

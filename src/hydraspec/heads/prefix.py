@@ -15,6 +15,7 @@ from hydraspec.config import HeadsConfig
 from hydraspec.errors import UnsupportedModel
 from hydraspec.heads.blocks import gather_last
 from hydraspec.heads.hydra import HydraHeads
+from hydraspec.heads.llama_layer import is_plain_llama, run_llama_layer
 from hydraspec.heads.protocol import HeadState
 
 # Left out of the stored config of the layer: what says nothing about it.
@@ -50,7 +51,8 @@ class PrefixLayer(nn.Module):
             reason = " ".join(str(error).split())
             raise UnsupportedModel(f"no prefix layer can be made of this config ({reason}); use hydra heads") from error
         self.context = find_context(self.layer_config)
-        self.additive = not type(self.decoder)._can_set_attn_implementation()
+        self.explicit_masks = not type(self.decoder)._can_set_attn_implementation()
+        self.fast = is_plain_llama(self.layer_config)
         self._shapes: Any = None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -72,15 +74,16 @@ class PrefixLayer(nn.Module):
     def extend(self, hidden: Tensor, counts: list[int], cache: SlotCache) -> Tensor:
         """Attend from newly verified positions `[B, A, d]` over all earlier ones, and commit them to the cache."""
         layout = cache.layout_chain(hidden.shape[1])
-        with attend_with(self.layer_config, layout, self.additive):
-            out = self.decoder(
-                inputs_embeds=hidden,
-                position_ids=layout.positions_within(self.context),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        positions = layout.positions_within(self.context)
+        if self.fast:
+            out = run_llama_layer(self.decoder, hidden, layout, positions, cache)
+        else:
+            with attend_with(self.layer_config, layout, self.explicit_masks):
+                out = self.decoder(
+                    inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True
+                ).last_hidden_state
         cache.advance(counts)
-        return out.last_hidden_state
+        return out
 
 
 class HydraPlusPlusHeads(HydraHeads):

@@ -54,6 +54,12 @@ class DraftHeads(nn.Module):
             [] if config.tied_vocabulary else [nn.Linear(d, config.vocab_size) for _ in range(config.num_heads)]
         )
 
+        # Which tokens are proposed, where not all are: exact output does not depend on it, the cost of a draft does.
+        self.token_ids: Tensor | None
+        self.register_buffer(
+            "token_ids", torch.zeros(config.draft_vocabulary, dtype=torch.long) if config.draft_vocabulary else None
+        )
+
     @property
     def num_heads(self) -> int:
         """Tokens that the heads guess ahead: the deepest tree that they can fill."""
@@ -68,14 +74,23 @@ class DraftHeads(nn.Module):
             bias = getattr(base.output_layer, "bias", None)
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> DraftHeads:
-        """Move to a device and dtype and freeze, for decoding."""
-        self.to(device=device).eval().requires_grad_(False)
+    def prepare(self, base: BaseModel) -> DraftHeads:
+        """Move to the base model's device and dtype, cut the vocabulary layers, and freeze: for decoding only."""
+        self.to(device=base.device).eval()
         for parameter in self.parameters():  # not the buffers: rotary frequencies lose their meaning in bfloat16
-            parameter.data = parameter.data.to(dtype)
-        if device.type == "cpu" and dtype == torch.float32:
+            parameter.data = parameter.data.to(base.dtype)
+        if self.token_ids is not None:
+            layers = self.vocabulary or [base.output_layer]
+            cut = [_cut_rows(layer, self.token_ids) for layer in layers]
+            self.vocabulary = nn.ModuleList(cut * (self.num_heads // len(cut)))
+        if base.device.type == "cpu" and base.dtype == torch.float32:
             store_columns_first(self)
+        self.requires_grad_(False)
         return self
+
+    def name_tokens(self, proposals: Tensor) -> Tensor:
+        """Token ids of the entries of `guess`'s last dimension."""
+        return proposals if self.token_ids is None else self.token_ids[proposals]
 
     # -- decoding ----------------------------------------------------------------------------------------------
 
@@ -103,7 +118,7 @@ class DraftHeads(nn.Module):
             project: the base model's vocabulary layer, for heads that have none.
 
         Returns:
-            `[B, P, V]`, or `[B, 1, V]` where the path does not matter.
+            `[B, P, V]`, or `[B, 1, V]` where the path does not matter; V as `name_tokens` reads it.
         """
         context = state.context[:, None]
         if self.grounded:
@@ -125,3 +140,13 @@ class DraftHeads(nn.Module):
     @abstractmethod
     def read_contexts(self, hidden: Tensor) -> Tensor:
         """What stands for h_t at every position: `[B, T, d]` from hidden states `[B, T, d]`."""
+
+
+def _cut_rows(layer: nn.Module, rows: Tensor) -> nn.Linear:
+    """A copy of a vocabulary layer with only some of its outputs."""
+    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    cut = nn.Linear(weight.shape[1], len(rows), bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    cut.weight.data = weight.detach()[rows]
+    if bias is not None:
+        cut.bias.data = bias.detach()[rows]
+    return cut

@@ -169,6 +169,12 @@ def iterate_epochs(examples: Sequence[Example], batch_tokens: int, seed: int, ep
         yield from make_batches(examples, batch_tokens, seed + epoch)
 
 
+def count_assistant_tokens(examples: Iterable[Example], vocab_size: int) -> Tensor:
+    """How often the assistant writes each token, `[V]` int64."""
+    tokens = [token for example in examples for token, mine in zip(example.ids, example.mask, strict=True) if mine]
+    return torch.bincount(torch.tensor(tokens), minlength=vocab_size)
+
+
 def describe(file: Path, examples: Sequence[Example]) -> dict[str, Any]:
     """What a model card says of the data."""
     return {

@@ -19,13 +19,13 @@ from rich.table import Table
 from hydraspec.base.model import BaseModel
 from hydraspec.config import TrainingConfig
 from hydraspec.errors import DataError, HydraspecError
-from hydraspec.heads import KINDS, new_heads
+from hydraspec.heads import KINDS, cut_vocabulary, new_heads
 from hydraspec.heads.checkpoint import Provenance, library_versions, save_heads
 from hydraspec.heads.protocol import DraftHeads
 from hydraspec.shipped import find_shipped
 from hydraspec.text import TextCodec
 from hydraspec.train import loop
-from hydraspec.train.data import Batch, describe, read_examples
+from hydraspec.train.data import Batch, count_assistant_tokens, describe, read_examples
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +107,17 @@ def train_to_folder(
         measured=measured,
         versions=library_versions(),
     )
-    save_heads(heads, out, provenance)  # before anything else can fail
+    saved = heads
+    if 0 < config.draft_vocabulary < base.vocab_size:
+        saved = cut_vocabulary(heads, count_assistant_tokens(examples, base.vocab_size), config.draft_vocabulary)
+    save_heads(saved, out, provenance)  # before anything else can fail
     accuracy = loop.measure_accuracy(base, heads, held_out) if held_out else []
     measured |= {
         "held_out_conversations": len(held_out),
         "top1": [round(a.top1, 4) for a in accuracy],
         "top5": [round(a.top5, 4) for a in accuracy],
     }
-    save_heads(heads, out, provenance)
+    save_heads(saved, out, provenance)
     _print_accuracy(accuracy, console)
     console.print(f"saved to {out}{'' if done == len(batches) else f', after {done} of {len(batches)} steps'}")
 

@@ -19,14 +19,13 @@ from hydraspec.errors import TreeError
 class Depth:
     """What drafting needs to know of one depth: who is expanded there, and where the children go.
 
-    Example: in the tree `[[0], [1], [0, 0], [0, 1]]` the root's depth has `paths = [[0]]`, `children = [1, 2]`,
-    `parent_rows = [0, 0]`, `ranks = [0, 1]`, `width = 2`; the next has `paths = [[0, 1]]`, `children = [3, 4]`.
+    Example: in the tree `[[0], [1], [0, 0], [0, 1]]` the root's depth has `paths = [[0]]`, `children = slice(1, 3)`,
+    `picks = [0, 1]`, `width = 2`; the next has `paths = [[0, 1]]`, `children = slice(3, 5)`.
     """
 
     paths: Tensor  # [P, depth + 1] the nodes from the root to each node that has children, both included
-    children: Tensor  # [C] nodes of the next depth
-    parent_rows: Tensor  # [C] index into `paths` of each child's parent
-    ranks: Tensor  # [C] the child is its parent's rank-th most likely token
+    children: slice  # the C nodes of the next depth; nodes are numbered by depth, so they lie in a row
+    picks: Tensor  # [C] where each child's token lies in the flattened best tokens [P, width] of its parents
     width: int  # how many of the most likely tokens are needed: the largest rank + 1
 
 
@@ -111,15 +110,19 @@ class Tree:
         stages = []
         for depth in range(self.depth):
             parents = [node for node in range(self.num_nodes) if depths[node] == depth and self.children[node]]
-            children = [child for parent in parents for child in self.children[parent]]
-            ranks = [self.paths[child - 1][-1] for child in children]
+            places = [
+                (row, self.paths[child - 1][-1])
+                for row, parent in enumerate(parents)
+                for child in self.children[parent]
+            ]
+            width = max(rank for _, rank in places) + 1
+            first = self.children[parents[0]][0]
             stages.append(
                 Depth(
                     paths=self.root_to_node[parents, : depth + 1],
-                    children=torch.tensor(children),
-                    parent_rows=torch.tensor([parents.index(self.parents[child]) for child in children]),
-                    ranks=torch.tensor(ranks),
-                    width=max(ranks) + 1,
+                    children=slice(first, first + len(places)),
+                    picks=torch.tensor([row * width + rank for row, rank in places]),
+                    width=width,
                 )
             )
         return tuple(stages)
