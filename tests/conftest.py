@@ -123,7 +123,7 @@ class ScriptedHeads(DraftHeads):
         state.context = hidden[:, 0]
         state.memory.counts = [a + b for a, b in zip(state.memory.counts, counts, strict=True)]
 
-    def guess(self, head: int, state: HeadState, path: Tensor, project: object) -> Tensor:
+    def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel) -> Tensor:
         logits = torch.zeros(path.shape[0], path.shape[1], self.config.vocab_size)
         for row, (sequence, count) in enumerate(zip(state.memory.rows, state.memory.counts, strict=True)):
             text, position = self.script.texts[sequence], count + 1 + head

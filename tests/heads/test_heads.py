@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import HydraspecError, UnsupportedModel
-from hydraspec.heads import KINDS, cut_vocabulary, new_heads
+from hydraspec.heads import KINDS, HeadState, cut_vocabulary, new_heads
 from tests.conftest import make_model
 
 
@@ -75,16 +75,31 @@ def test_contexts_grow_step_by_step_as_in_one_pass(tiny_llama, kind):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fast_prefix_layer_is_the_models_own(bias):
     base = BaseModel(make_model("llama", attention_bias=bias, mlp_bias=bias), "llama")
-    heads = _scramble(new_heads(base, "hydra++")).requires_grad_(False)
-    assert heads.prefix.fast
+    heads = _scramble(new_heads(base, "hydra++")).prepare(base)
+    fused = heads.prefix.fused
+    assert fused is not None
     hidden, more = torch.randn(2, 9, 64), torch.randn(2, 4, 64)
     contexts = {}
-    for heads.prefix.fast in (True, False):
+    for heads.prefix.fused in (fused, None):
         state = heads.begin(hidden, [9, 5], 40)
         heads.observe(state, more, [2, 4])
         heads.observe(state, more[:, :1], [1, 1])
-        contexts[heads.prefix.fast] = state.context
+        contexts[heads.prefix.fused is None] = state.context
     torch.testing.assert_close(contexts[True], contexts[False], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_looked_up_first_blocks_are_the_computed_ones(tiny_llama, layers):
+    heads = _scramble(new_heads(tiny_llama, "hydra", num_layers=layers)).prepare(tiny_llama)
+    tables = heads._tables
+    assert tables is not None
+    state = HeadState(torch.randn(2, 64))
+    for head in range(4):
+        path = torch.randint(0, 96, (2, 5, head + 1))
+        heads._tables = tables
+        fast = heads.guess(head, state, path, tiny_llama)
+        heads._tables = None
+        torch.testing.assert_close(fast, heads.guess(head, state, path, tiny_llama), rtol=1e-5, atol=1e-5)
 
 
 def test_prefix_attention_looks_back(tiny_llama):

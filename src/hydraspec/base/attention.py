@@ -34,12 +34,14 @@ class StepLayout:
     slots: Tensor  # [B, T] int64: the slot that each token's key and value go to
     positions: Tensor  # [B, T] int64: the token's position in its own text
     view: int  # S: no token of this forward sees a slot beyond it
-    visible: Tensor | None  # [B, T, S] bool; None: causal order from an empty cache or, for T = 1, everything
+    # [B or 1, T, S], 0 where a token sees a slot and the dtype's minimum where not, to be added to attention scores, so
+    # that no layer has to convert a bool mask anew. None: causal order from an empty cache or, for T = 1, everything.
+    bias: Tensor | None
     start: int | None  # the first slot, where it is the same in every sequence
 
     def __post_init__(self) -> None:
         assert self.slots.shape == self.positions.shape
-        assert self.visible is None or self.visible.shape == (*self.slots.shape, self.view)
+        assert self.bias is None or self.bias.shape[1:] == (self.slots.shape[1], self.view)
 
     def find_slot_positions(self) -> Tensor:
         """`[B, S]` int64: the position in its text of the token in each slot; committed tokens lie in order."""
@@ -103,28 +105,24 @@ def build_mask(
         layout: of the forward; None: the one that `attend_with` set.
 
     Returns:
-        `[B, 1, T, S]` floats to be added to the scores, so that no layer has to convert a bool mask anew.
-        None where plain causal order is all there is to say.
+        `[B or 1, 1, T, S]` to be added to the scores, or None where plain causal order is all there is to say.
     """
     if use_vmap:
         raise UnsupportedModel("this model overlays masks that cannot be evaluated on a tree's positions")
     explicit = layout is None and _explicit.get()
     layout = layout or _layout.get()
     plain = mask_function is causal_mask_function
-    if plain and layout.visible is None and not explicit:
-        return None
-    if plain and layout.visible is not None:
-        mask = layout.visible[:, None]  # ancestors lie before their descendants, so this is causal already
-    else:
-        batch = torch.arange(batch_size, device=device)[:, None, None, None]
-        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-        # Sliding windows and chunks are rules on positions in the text, not on slots of the cache.
-        positions, slot_positions = layout.positions[:, None, :, None], layout.find_slot_positions()[:, None, None]
-        mask = mask_function(batch, head, positions, slot_positions)
-        if layout.visible is not None:
-            mask = mask & layout.visible[:, None]
-    bias = torch.zeros(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
-    return bias.masked_fill_(~mask, torch.finfo(dtype).min)
+    bias = None if layout.bias is None else layout.bias[:, None]
+    if plain and (bias is not None or not explicit):
+        return bias  # ancestors lie before their descendants, so a tree is in causal order already
+    batch = torch.arange(batch_size, device=device)[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    # Sliding windows and chunks are rules on positions in the text, not on slots of the cache.
+    positions, slot_positions = layout.positions[:, None, :, None], layout.find_slot_positions()[:, None, None]
+    unseen = ~mask_function(batch, head, positions, slot_positions)
+    if bias is None:
+        bias = torch.zeros(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
+    return bias.masked_fill(unseen, torch.finfo(dtype).min)
 
 
 def attend(

@@ -89,10 +89,15 @@ class SlotCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.shapes, self.max_length, self.device = tuple(shapes), max_length, device
+        self.shapes, self.max_length = tuple(shapes), max_length
+        self.dtype, self.device = dtype, device
         self.lengths: list[int] = [0] * batch
         self.layout: StepLayout | None = None
         self.slabs: list[Tensor] = []
+        # What nodes see of each other, kept between steps: of chains by length, and of the last tree.
+        self._chains: dict[int, Tensor] = {}
+        self._tree: Tree | None = None
+        self._tree_bias: Tensor
         sizes: dict[tuple[int, int], int] = {}  # (heads, width) -> tensors of that shape
         for shape in self.shapes:
             if shape is not None:
@@ -142,31 +147,39 @@ class SlotCache(Cache):
             slots = torch.full((len(self.lengths), 1), first, device=self.device)
             self.layout = StepLayout(slots, slots, first + 1, None, first)
             return self.layout
-        ancestors = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
-        return self._layout_nodes(steps, ancestors)
+        if width not in self._chains:
+            self._chains[width] = self._make_bias(torch.ones(width, width, dtype=torch.bool, device=self.device).tril())
+        return self._layout_nodes(steps, self._chains[width])
 
     def layout_tree(self, tree: Tree) -> StepLayout:
         """Plan a forward of a tree's nodes behind each sequence's committed tokens."""
         if tree.num_nodes == 1:
             return self.layout_chain(1)
-        return self._layout_nodes(tree.depths.to(self.device), tree.ancestors.to(self.device))
+        if self._tree is not tree:
+            self._tree, self._tree_bias = tree, self._make_bias(tree.ancestors.to(self.device))
+        return self._layout_nodes(tree.depths.to(self.device), self._tree_bias)
 
-    def _layout_nodes(self, depths: Tensor, ancestors: Tensor) -> StepLayout:
-        """Plan a forward of nodes at `depths` [T] below the committed tokens, who see their `ancestors` [T, T]."""
+    def _make_bias(self, visible: Tensor) -> Tensor:
+        """What is added to attention scores: 0 where `visible`, else the dtype's minimum."""
+        zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        return zeros.masked_fill_(~visible, torch.finfo(self.dtype).min)
+
+    def _layout_nodes(self, depths: Tensor, bias: Tensor) -> StepLayout:
+        """Plan a forward of nodes at `depths` [T] below the committed tokens, who see each other by `bias` [T, T]."""
         batch, width, first = len(self.lengths), len(depths), self.lengths[0]
-        uniform = all(length == first for length in self.lengths)
         view = max(self.lengths) + width
         assert view <= self.max_length, f"{view} slots needed, {self.max_length} there"
-        nodes = torch.arange(width, device=self.device)
-        if uniform:
-            slots, positions = (nodes + first).expand(batch, width), (depths + first).expand(batch, width)
-            visible = F.pad(ancestors, (first, 0), value=True).expand(batch, width, view)
-        else:
-            lengths = self.lengths_tensor[:, None]
-            slots, positions = lengths + nodes, lengths + depths
-            visible = (torch.arange(view, device=self.device) < lengths)[:, None].repeat(1, width, 1)
-            visible.scatter_(2, slots[:, None].expand(batch, width, width), ancestors.expand(batch, width, width))
-        self.layout = StepLayout(slots, positions, view, visible, first if uniform else None)
+        nodes = torch.arange(first, first + width, device=self.device)
+        if all(length == first for length in self.lengths):
+            seen = F.pad(bias, (first, 0))[None]
+            slots, positions = nodes.expand(batch, width), (depths + first).expand(batch, width)
+            self.layout = StepLayout(slots, positions, view, seen, first)
+            return self.layout
+        lengths = self.lengths_tensor[:, None]
+        slots, positions = lengths - first + nodes, lengths + depths
+        seen = self._make_bias(torch.arange(view, device=self.device) < lengths)[:, None].repeat(1, width, 1)
+        seen.scatter_(2, slots[:, None].expand(batch, width, width), bias.expand(batch, width, width))
+        self.layout = StepLayout(slots, positions, view, seen, None)
         return self.layout
 
     def advance(self, counts: Sequence[int]) -> None:

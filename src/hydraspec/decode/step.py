@@ -62,9 +62,8 @@ def draft(base: BaseModel, heads: DraftHeads | None, tree: Tree, running: Runnin
     if heads is None or running.heads is None:
         return Draft(tokens)
     for depth, stage in enumerate(tree.expansion):
-        path = base.embed(tokens.index_select(1, stage.paths.flatten()))
-        path = path.view(len(path), *stage.paths.shape, -1)  # [B, P, depth + 1, d]
-        logits = heads.guess(depth, running.heads, path, base.project)  # [B, P or 1, V]
+        path = tokens.index_select(1, stage.paths.flatten()).view(-1, *stage.paths.shape)  # [B, P, depth + 1]
+        logits = heads.guess(depth, running.heads, path, base)  # [B, P or 1, V]
         best = heads.name_tokens(logits.topk(stage.width).indices).expand(-1, len(stage.paths), -1)  # [B, P, width]
         tokens[:, stage.children] = best.flatten(1).index_select(1, stage.picks)
     return Draft(tokens)

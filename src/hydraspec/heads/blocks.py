@@ -43,7 +43,10 @@ class HeadBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width_in]` to `[..., d]`."""
-        x = self.first(self._drop(x))
+        return self.finish(self.first(self._drop(x)))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the first block: `[..., d]` to `[..., d]`."""
         for _ in range(self.times):
             for block in self.rest:
                 x = block(self._drop(x))

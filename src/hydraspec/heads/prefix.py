@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import SlotCache
-from hydraspec.base.model import find_context, probe_cache_shapes
+from hydraspec.base.model import BaseModel, find_context, probe_cache_shapes
 from hydraspec.config import HeadsConfig
 from hydraspec.errors import UnsupportedModel
 from hydraspec.heads.blocks import gather_last
 from hydraspec.heads.hydra import HydraHeads
-from hydraspec.heads.llama_layer import is_plain_llama, run_llama_layer
-from hydraspec.heads.protocol import HeadState
+from hydraspec.heads.llama_layer import FusedLlamaLayer, is_plain_llama
+from hydraspec.heads.protocol import DraftHeads, HeadState
 
 # Left out of the stored config of the layer: what says nothing about it.
 _NOT_OF_THE_LAYER = ("_name_or_path", "architectures", "dtype", "transformers_version", "id2label", "label2id")
@@ -52,7 +52,7 @@ class PrefixLayer(nn.Module):
             raise UnsupportedModel(f"no prefix layer can be made of this config ({reason}); use hydra heads") from error
         self.context = find_context(self.layer_config)
         self.explicit_masks = not type(self.decoder)._can_set_attn_implementation()
-        self.fast = is_plain_llama(self.layer_config)
+        self.fused: FusedLlamaLayer | None = None  # a fast path of prepared heads
         self._shapes: Any = None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class PrefixLayer(nn.Module):
         """Attend from newly verified positions `[B, A, d]` over all earlier ones, and commit them to the cache."""
         layout = cache.layout_chain(hidden.shape[1])
         positions = layout.positions_within(self.context)
-        if self.fast:
-            out = run_llama_layer(self.decoder, hidden, layout, positions, cache)
+        if self.fused is not None:
+            out = self.fused.extend(hidden, layout, positions, cache)
         else:
             with attend_with(self.layer_config, layout, self.explicit_masks):
                 out = self.decoder(
@@ -92,6 +92,13 @@ class HydraPlusPlusHeads(HydraHeads):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config)
         self.prefix = PrefixLayer(config)
+
+    def prepare(self, base: BaseModel) -> DraftHeads:
+        """As for all heads; a plain Llama layer gets its fast path."""
+        super().prepare(base)
+        if is_plain_llama(self.prefix.layer_config):
+            self.prefix.fused = FusedLlamaLayer(self.prefix.decoder)
+        return self
 
     def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
         """Read the prompts' hidden states `[B, T, d]` into a new cache of the prefix layer."""

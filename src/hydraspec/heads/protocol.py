@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hydraspec.base.model import BaseModel, store_columns_first
 from hydraspec.config import HeadsConfig
 from hydraspec.heads.blocks import HeadBlocks, gather_last
+from hydraspec.heads.tables import TokenTables
 
 Project = Callable[[Tensor], Tensor]
 
@@ -27,6 +28,7 @@ class HeadState:
 
     context: Tensor  # [B, d]: stands for h_t
     memory: Any = None  # what else this kind of heads keeps, such as a cache of its own
+    read: Tensor | None = None  # [B, K, 2d]: what the context adds to the first blocks, within one step
 
     def retain(self, rows: Sequence[int]) -> None:
         """Keep only the sequences `rows`, in that order."""
@@ -54,6 +56,7 @@ class DraftHeads(nn.Module):
             [] if config.tied_vocabulary else [nn.Linear(d, config.vocab_size) for _ in range(config.num_heads)]
         )
 
+        self._tables: TokenTables | None = None  # a fast path of prepared heads
         # Which tokens are proposed, where not all are: exact output does not depend on it, the cost of a draft does.
         self.token_ids: Tensor | None
         self.register_buffer(
@@ -74,6 +77,7 @@ class DraftHeads(nn.Module):
             bias = getattr(base.output_layer, "bias", None)
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 
+    @torch.no_grad()
     def prepare(self, base: BaseModel) -> DraftHeads:
         """Move to the base model's device and dtype, cut the vocabulary layers, and freeze: for decoding only."""
         self.to(device=base.device).eval()
@@ -86,6 +90,8 @@ class DraftHeads(nn.Module):
         if base.device.type == "cpu" and base.dtype == torch.float32:
             store_columns_first(self)
         self.requires_grad_(False)
+        if self.grounded and TokenTables.fit(base, self.num_heads):
+            self._tables = TokenTables([block for block in self.blocks if isinstance(block, HeadBlocks)], base)
         return self
 
     def name_tokens(self, proposals: Tensor) -> Tensor:
@@ -108,22 +114,29 @@ class DraftHeads(nn.Module):
         """Read the hidden states `[B, A, d]` of newly verified tokens, `counts[b]` of them real. Updates `state`."""
         state.context = gather_last(hidden, counts)
 
-    def guess(self, head: int, state: HeadState, path: Tensor, project: Project) -> Tensor:
-        """Logits of the children of nodes at depth `head`.
+    def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel) -> Tensor:
+        """Logits of the children of nodes at depth `head`. The heads must be prepared for `base`.
 
         Args:
             head: which head, from 0.
             state: the running batch.
-            path: `[B, P, head + 1, d]` embeddings of the tokens from the root to each of P nodes.
-            project: the base model's vocabulary layer, for heads that have none.
+            path: `[B, P, head + 1]` int64, the tokens from the root to each of P nodes.
+            base: for its embeddings, and for its vocabulary layer where the heads have none.
 
         Returns:
             `[B, P, V]`, or `[B, 1, V]` where the path does not matter; V as `name_tokens` reads it.
         """
+        if self._tables is not None:
+            if head == 0:
+                state.read = self._tables.read_context(state.context)
+            assert state.read is not None, "heads guess in order, from head 0"
+            block = self.blocks[head]
+            assert isinstance(block, HeadBlocks)
+            return self._name(head, block.finish(self._tables.first_block(head, state.read, path)), base.project)
         context = state.context[:, None]
-        if self.grounded:
-            context = context.expand(-1, path.shape[1], -1)
-        return self.score(head, context, path, project)
+        if not self.grounded:
+            return self.score(head, context, None, base.project)
+        return self.score(head, context.expand(-1, path.shape[1], -1), base.embed(path), base.project)
 
     # -- both --------------------------------------------------------------------------------------------------
 
@@ -132,7 +145,9 @@ class DraftHeads(nn.Module):
         if self.grounded:
             assert path is not None
             context = torch.cat([context, path.flatten(-2)], dim=-1)
-        hidden = self.blocks[head](context)
+        return self._name(head, self.blocks[head](context), project)
+
+    def _name(self, head: int, hidden: Tensor, project: Project) -> Tensor:
         return self.vocabulary[head](hidden) if self.vocabulary else project(hidden)
 
     # -- training ----------------------------------------------------------------------------------------------
