@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hydraspec.base.model import BaseModel, store_columns_first
+from hydraspec.base.facts import store_columns_first
+from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError, UnsupportedModel
 from hydraspec.shipped import find_shipped
 from tests.conftest import make_model

@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hydraspec.base.attention import attend_with
-from hydraspec.base.cache import LayerShape, SlotCache
+from hydraspec.base.cache import SlotCache
+from hydraspec.base.facts import (
+    explain_config,
+    find_context,
+    find_eos,
+    first_line,
+    parse_device,
+    probe_cache_shapes,
+    refuse_recurrent,
+    store_columns_first,
+)
 from hydraspec.errors import CheckpointError, HydraspecError, UnsupportedModel
 from hydraspec.hub import fetch
 from hydraspec.tree.topology import Tree
@@ -54,7 +62,7 @@ class BaseModel:
         self.hidden_size = int(self.config.hidden_size)
         self.vocab_size = len(self.output_layer.get_parameter("weight"))
         self.max_length = find_context(self.config)
-        self.eos_token_ids = _find_eos(model)
+        self.eos_token_ids = find_eos(model)
         # A model without the attention interface keeps its own attention code, which adds its mask.
         self._explicit_masks = not type(model)._can_set_attn_implementation()
         self._scale = float(getattr(self.config, "logit_scale", None) or 1.0)
@@ -95,7 +103,7 @@ class BaseModel:
         try:
             config = AutoConfig.from_pretrained(folder)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for one reason
-            raise CheckpointError(_explain_config(folder, error)) from error
+            raise CheckpointError(explain_config(folder, error)) from error
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if kind is None:
             raise UnsupportedModel(f"{name} is of type {config.model_type}, which is no causal language model")
@@ -105,7 +113,7 @@ class BaseModel:
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True
             )
         except Exception as error:
-            raise CheckpointError(f"the weights of {name} cannot be read: {_first_line(error)}") from error
+            raise CheckpointError(f"the weights of {name} cannot be read: {first_line(error)}") from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
@@ -114,7 +122,7 @@ class BaseModel:
         try:
             model = model.to(device)
         except torch.OutOfMemoryError as error:
-            raise HydraspecError(f"{name} does not fit the memory of {device}: {_first_line(error)}") from error
+            raise HydraspecError(f"{name} does not fit the memory of {device}: {first_line(error)}") from error
         if device.type == "cpu" and model.dtype == torch.float32:
             store_columns_first(model)
         return cls(model, name, self_check)
@@ -253,93 +261,3 @@ class _Tap:
             return None
         rows = torch.arange(len(self._last), device=self._last.device)
         return (args[0][rows, self._last][:, None],)
-
-
-def parse_device(name: str | torch.device) -> torch.device:
-    """A device by name.
-
-    Raises:
-        HydraspecError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise HydraspecError(f"device {name} cannot be used here: {_first_line(error)}") from None
-    return device
-
-
-def refuse_recurrent(kind: type, config: Any, name: str) -> None:
-    """Raise `UnsupportedModel` for a model class that keeps state which cannot be branched or taken back."""
-    layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    recurrent = layer_types - {"full_attention", "sliding_attention", "chunked_attention", "dummy", "moe", "mlp"}
-    if getattr(kind, "_is_stateful", False) or recurrent:
-        why = f"layers of type {', '.join(sorted(recurrent))}" if recurrent else "recurrent state"
-        raise UnsupportedModel(
-            f"{name or kind.__name__} ({config.model_type}) has {why}, which a tree of guesses cannot share; "
-            "use a model with attention layers only"
-        )
-
-
-@torch.no_grad()
-def probe_cache_shapes(config: Any, run: Callable[[DynamicCache], object], name: str) -> tuple[LayerShape | None, ...]:
-    """The shape of each layer's keys and values, seen in a forward of two tokens. None: it reads another layer's.
-
-    Raises:
-        UnsupportedModel: a layer caches something else than keys and values, or nothing at all is cached.
-    """
-    cache = DynamicCache(config=config)
-    run(cache)
-    shapes: list[LayerShape | None] = []
-    for layer in cache.layers:
-        if hasattr(layer, "conv_states") or hasattr(layer, "indexer_keys"):
-            raise UnsupportedModel(f"{name} caches more than keys and values ({type(layer).__name__}); not supported")
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.numel() == 0:
-            shapes.append(None)
-        else:
-            shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
-    if not any(shapes):
-        raise UnsupportedModel(f"{name} does not use a key-value cache; not supported")
-    return tuple(shapes)
-
-
-def store_columns_first(model: nn.Module) -> None:
-    """Store the weights of linear layers transposed in memory; shapes and values stay as they are.
-
-    A float32 product of few rows (the nodes of a small tree) is two to four times faster this way on CPUs, because
-    the library need not rearrange the whole weight for each product. A product of one row is as fast as before.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
-def find_context(config: Any) -> int | None:
-    """Tokens of context that a model was made for, or None where its config does not say."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond the original context all positions turn by other angles, earlier tokens' too: no cache is right then.
-        original = rope.get("original_max_position_embeddings")
-        return original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    return getattr(config, "max_position_embeddings", None)
-
-
-def _find_eos(model: PreTrainedModel) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = model.config.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _explain_config(folder: str, error: Exception) -> str:
-    if not (Path(folder) / "config.json").is_file():
-        return f"{folder} is no model folder: it has no config.json"
-    return f"{folder}/config.json describes no known model: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import SlotCache
-from hydraspec.base.model import BaseModel, find_context, probe_cache_shapes
+from hydraspec.base.facts import find_context, probe_cache_shapes
+from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
 from hydraspec.errors import UnsupportedModel
 from hydraspec.heads.blocks import gather_last

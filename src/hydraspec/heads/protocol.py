@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hydraspec.base.model import BaseModel, store_columns_first
+from hydraspec.base.facts import store_columns_first
+from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
 from hydraspec.heads.blocks import HeadBlocks, gather_last
 from hydraspec.heads.tables import TokenTables
