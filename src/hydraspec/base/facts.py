@@ -85,6 +85,7 @@ def find_context(config: Any) -> int | None:
 
 
 def find_eos(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text, from the generation config or else the config."""
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
@@ -95,10 +96,12 @@ def find_eos(model: PreTrainedModel) -> frozenset[int]:
 
 
 def explain_config(folder: str, error: Exception) -> str:
+    """Why the config of a model folder cannot be read."""
     if not (Path(folder) / "config.json").is_file():
         return f"{folder} is no model folder: it has no config.json"
     return f"{folder}/config.json describes no known model: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
