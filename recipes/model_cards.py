@@ -39,7 +39,8 @@ stored in bf16.
 
 {DATA}
 
-Recipe: `recipes/tiny_base.py`; about 2,040 steps of 16 windows of 256 tokens (8.4 M tokens), 70 minutes on one CPU core.
+Recipe: `recipes/tiny_base.py`; about 2,040 steps of 16 windows of 256 tokens (8.4 M tokens),
+70 minutes on one CPU core.
 Training loss 1.83, evaluation loss 2.43 nats a token.
 """
 
