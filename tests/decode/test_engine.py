@@ -145,6 +145,9 @@ def test_what_cannot_fit_is_refused_before_anything_starts(tiny_llama):
 def test_a_tree_that_the_heads_cannot_fill_is_refused(tiny_llama):
     with pytest.raises(TreeError, match="5 deep, but the heads guess 4"):
         Engine(tiny_llama, ScriptedHeads(tiny_llama, Script([])), find_tree("chain-5"))
+    narrow = cut_vocabulary(new_heads(tiny_llama, "medusa"), torch.arange(96), 3).prepare(tiny_llama)
+    with pytest.raises(TreeError, match="asks for 10 tokens of one head, but only 3"):
+        Engine(tiny_llama, narrow, find_tree("published-63"))
     with pytest.raises(TreeError, match="no heads"):
         Engine(tiny_llama, None, find_tree("chain-1"))
 

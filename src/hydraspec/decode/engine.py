@@ -23,7 +23,7 @@ class Engine:
     """Decodes batches of requests with one base model, one set of heads and one tree.
 
     Raises:
-        TreeError: the tree is deeper than the heads can guess.
+        TreeError: the tree is deeper or wider than what the heads can guess.
     """
 
     def __init__(
@@ -33,6 +33,10 @@ class Engine:
         if tree.depth > reach:
             what = f"the heads guess {reach} tokens ahead" if heads is not None else "there are no heads to fill it"
             raise TreeError(f"tree {tree.name} is {tree.depth} deep, but {what}: choose a tree no deeper than {reach}")
+        width = max((stage.width for stage in tree.expansion), default=0)
+        proposed = (heads.config.draft_vocabulary if heads is not None else 0) or base.vocab_size
+        if width > proposed:
+            raise TreeError(f"tree {tree.name} asks for {width} tokens of one head, but only {proposed} are proposed")
         self.base, self.heads, self.rule = base, heads, rule or GreedyAcceptance()
         self.tree = tree.to(base.device)
 
