@@ -38,7 +38,8 @@ def interrupt(*_: object) -> None:
 def test_the_recipe_writes_what_is_shipped(call, tmp_path):
     out, shipped = tmp_path / "new" / "model", Path(find_shipped("tiny-assistant"))
     assert call("--out", out) == (0, "")
-    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in shipped.iterdir())
+    card = "README.md"  # written by another recipe
+    assert {file.name for file in out.iterdir()} == {file.name for file in shipped.iterdir()} - {card}
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (shipped, out))
     del theirs["transformers_version"], ours["transformers_version"]
     assert ours == theirs
