@@ -4,7 +4,7 @@
 # Usage: recipes/tiny_assistant.sh TRAIN.jsonl.gz EVAL.jsonl.gz OUT_FOLDER [KIND ...]
 #
 # The data are conversations in ShareGPT form. The shipped heads saw Schema-Guided Dialogue, Taskmaster-4 and GSM8K;
-# recipes/tiny_base.py tells how to make such a file. 19 to 35 minutes a kind on one core of a 2.8 GHz Xeon.
+# recipes/tiny_base.py tells how to make such a file. 22 to 35 minutes a kind on one core of a 2.8 GHz Xeon.
 set -euo pipefail
 train=${1:?the training conversations}
 eval=${2:?the held-out conversations}
