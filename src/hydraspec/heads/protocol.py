@@ -56,7 +56,6 @@ class DraftHeads(nn.Module):
         self.vocabulary = nn.ModuleList(
             [] if config.tied_vocabulary else [nn.Linear(d, config.vocab_size) for _ in range(config.num_heads)]
         )
-
         self._tables: TokenTables | None = None  # a fast path of prepared heads
         # Which tokens are proposed, where not all are: exact output does not depend on it, the cost of a draft does.
         self.token_ids: Tensor | None
