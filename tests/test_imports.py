@@ -12,7 +12,8 @@ PACKAGE = Path(hydraspec.__file__).parent
 TIERS = [
     ["errors"],
     ["files", "hub", "shipped"],
-    ["config", "types"],
+    ["config"],
+    ["types"],
     ["tree"],
     ["accept", "base", "text"],
     ["heads"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hydraspec.errors import HydraspecError
+from hydraspec.errors import HydraspecError, RequestError
 
 
 def option(default: Any, text: str) -> Any:
@@ -45,8 +45,57 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How the base model's distribution is changed, and how a token is chosen from it.
+
+    The changes apply in this order: allowed tokens, logit bias, penalties, temperature, top-k, top-p, min-p. Each is
+    defined as transformers (repetition penalty, temperature, top-k, top-p, min-p) or the OpenAI interface (logit bias,
+    presence and frequency penalty) defines it. The defaults are greedy decoding of the unchanged distribution.
+    """
+
+    temperature: float = option(0.0, "divides the logits before sampling; 0: greedy")
+    top_k: int = option(0, "sample among this many most likely tokens; 0: all")
+    top_p: float = option(1.0, "sample among the fewest tokens that hold this much probability; 1: all")
+    min_p: float = option(0.0, "leave out tokens below this fraction of the most likely one's probability")
+    repetition_penalty: float = option(1.0, "divide (or multiply, if negative) logits of tokens in prompt and output")
+    presence_penalty: float = option(0.0, "taken off the logits of tokens that the output holds")
+    frequency_penalty: float = option(0.0, "taken off the logits for each time that the output holds the token")
+    seed: int | None = option(None, "of the sampling noise: the same seed gives the same text; left out: a random one")
+    acceptance: str = option("exact", "exact, or typical: longer paths, but no longer the base model's distribution")
+    posterior_threshold: float = option(0.09, "typical acceptance: the most that a token's probability must exceed")
+    posterior_alpha: float = option(0.3, "typical acceptance: scales exp(-entropy), the other bound")
+    logit_bias: tuple[tuple[int, float], ...] = option((), "token ids and what is added to their logits")
+    allowed_tokens: tuple[int, ...] = option((), "the only token ids that may be chosen; empty: all")
+
+    def __post_init__(self) -> None:
+        for name, fits, range_text in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("posterior_threshold", 0 < self.posterior_threshold <= 1, "in (0, 1]"),
+            ("posterior_alpha", 0 < self.posterior_alpha <= 1, "in (0, 1]"),
+        ):
+            if not fits:
+                raise RequestError(f"{name} must be {range_text}, not {getattr(self, name)}")
+        if self.acceptance not in ("exact", "typical"):
+            raise RequestError(f"acceptance must be exact or typical, not {self.acceptance!r}")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the text so far changes the distribution."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the choice is the argmax of the unchanged logits."""
+        return not (self.temperature or self.has_penalties or self.logit_bias or self.allowed_tokens)
+
+
+@dataclass(frozen=True)
 class DecodingConfig:
-    """What one request asks of the decode loop."""
+    """What one request asks of the decode loop, besides its sampling."""
 
     max_new_tokens: int | None = option(None, "tokens to write at most; left out: 128, or what the context leaves")
     stop: tuple[str, ...] = option((), "strings that end the text; the text is cut before them")
@@ -57,6 +106,23 @@ class DecodingConfig:
             raise HydraspecError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if any(not text for text in self.stop):
             raise HydraspecError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may hold at once."""
+
+    max_batch: int = option(16, "sequences decoded together at most; others wait")
+    max_length: int | None = option(None, "tokens of a sequence at most, prompt and output; left out: the context")
+    memory: int | None = option(None, "bytes for all caches at most; max_batch is lowered to fit; left out: no limit")
+    prefill_tokens: int = option(512, "prompt tokens read between two steps at most, so that others do not wait long")
+    share_prefixes: bool = option(True, "copy the cache of a common beginning instead of reading it again")
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_length", "memory", "prefill_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True)

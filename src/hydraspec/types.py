@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hydraspec.config import SamplingConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import LogitsProcessor
 
 # Given a sequence's new tokens and how many of them are newer than the last call, the number of tokens to keep
 # (the one that completes a stop string is the last kept), or None to go on.
@@ -25,6 +28,17 @@ class Request:
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     stop_check: StopCheck | None = None
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sequence: int = 0  # tells samples of one prompt with one seed apart: the noise is keyed by both
+    processors: tuple[LogitsProcessor, ...] = ()  # of transformers: called with (ids [1, L], scores [1, V])
+
+
+@dataclass(frozen=True)
+class LiveText:
+    """A request and its text so far: what an acceptance rule may look at besides logits."""
+
+    request: Request
+    tokens: list[int]  # prompt and output, the root included; the engine appends what each step emits
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Accepted:
     path: Tensor  # [B, depth + 1] int64 nodes from the root; entries past the count repeat the last one
     counts: list[int]  # nodes kept, the root included: 1 + accepted draft tokens
     tokens: list[list[int]]  # for each sequence its accepted draft tokens and then the next root
+    roots: Tensor  # [B] int64: the next roots, on the device
 
     def __post_init__(self) -> None:
         assert all(len(tokens) == count for tokens, count in zip(self.tokens, self.counts, strict=True))

@@ -15,7 +15,7 @@ class AcceptanceRule(Protocol):
     """Decides which drafted path is kept, and what the next root is."""
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The token after each node: `[B, N, V]` to `[B, N]` int64. The prefill's choice is the first root."""
+        """The token after each sequence's text: `[B, V]` to `[B]` int64. The prefill's choice is the first root."""
         ...
 
     def accept(self, draft: Draft, verified: Verified, tree: Tree) -> Accepted:
@@ -27,7 +27,7 @@ class GreedyAcceptance:
     """The base model's argmax after each node; the longest path of such tokens is kept."""
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The most likely token after each node, `[B, N]`."""
+        """The most likely token, of the last dimension."""
         return logits.argmax(-1)
 
     def accept(self, draft: Draft, verified: Verified, tree: Tree) -> Accepted:
@@ -60,4 +60,5 @@ def follow_choices(tree: Tree, tokens: Tensor, chosen: Tensor) -> Accepted:
         counts.append(len(path))
         paths.append(path + [path[-1]] * (tree.depth + 1 - len(path)))
         emitted.append(gained)
-    return Accepted(path=torch.tensor(paths, device=tokens.device), counts=counts, tokens=emitted)
+    roots = torch.tensor([gained[-1] for gained in emitted], device=tokens.device)
+    return Accepted(path=torch.tensor(paths, device=tokens.device), counts=counts, tokens=emitted, roots=roots)

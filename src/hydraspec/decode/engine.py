@@ -109,7 +109,7 @@ class Engine:
         with torch.inference_mode():
             cache = self.base.new_cache(len(requests), slots)
             verified = self.base.prefill(ids.to(self.base.device), counts, cache)
-            root = self.rule.choose(verified.logits)[:, 0]
+            root = self.rule.choose(verified.logits[:, 0])
             # Without children to guess, nobody asks the heads.
             heads = self.heads if self.tree.depth else None
             state = heads.begin(verified.hidden, counts, slots) if heads is not None else None

@@ -76,7 +76,7 @@ def commit(heads: DraftHeads | None, verified: Verified, accepted: Accepted, run
         kept = accepted.path[:, : max(accepted.counts)]
         hidden = verified.hidden.gather(1, kept[..., None].expand(*kept.shape, verified.hidden.shape[-1]))
         heads.observe(running.heads, hidden, accepted.counts)
-    running.root = torch.tensor([tokens[-1] for tokens in accepted.tokens], device=running.root.device)
+    running.root = accepted.roots
 
 
 class _Clock:
