@@ -85,16 +85,22 @@ def random_prompts(lengths: Sequence[int], seed: int = 3) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-@dataclass
 class Places:
-    """How many tokens of each sequence are verified, and which sequence it is."""
+    """How many tokens of each row are committed, and which of them have been seen as roots."""
 
-    rows: list[int]
-    counts: list[int]
+    def __init__(self, rows: int) -> None:
+        self.counts = [0] * rows
+        self.roots: list[dict[int, int]] = [{} for _ in range(rows)]  # position -> token
 
-    def retain(self, rows: Sequence[int]) -> None:
-        self.rows = [self.rows[row] for row in rows]
-        self.counts = [self.counts[row] for row in rows]
+    def reset(self, row: int, length: int) -> None:
+        self.counts[row], self.roots[row] = length, {}
+
+    def swap(self, a: int, b: int) -> None:
+        for values in (self.counts, self.roots):
+            values[a], values[b] = values[b], values[a]
+
+    def copy_beginning(self, source: int, target: int, length: int) -> None:
+        self.counts[target], self.roots[target] = length, {}
 
 
 @dataclass
@@ -116,23 +122,30 @@ class ScriptedHeads(DraftHeads):
         )
         self.script = script
 
-    def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
-        return HeadState(hidden[:, 0], Places(list(range(len(counts))), list(counts)))
+    def new_state(self, batch: int, max_length: int) -> HeadState:
+        return HeadState(torch.zeros(batch, self.config.hidden_size), Places(batch))
 
-    def observe(self, state: HeadState, hidden: Tensor, counts: list[int]) -> None:
-        state.context = hidden[:, 0]
-        state.memory.counts = [a + b for a, b in zip(state.memory.counts, counts, strict=True)]
+    def observe(self, state: HeadState, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
+        for row, count in zip(range(rows.start, rows.stop), counts, strict=True):
+            state.memory.counts[row] += count
 
     def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel) -> Tensor:
         logits = torch.zeros(path.shape[0], path.shape[1], self.config.vocab_size)
-        for row, (sequence, count) in enumerate(zip(state.memory.rows, state.memory.counts, strict=True)):
-            text, position = self.script.texts[sequence], count + 1 + head
+        for row in range(len(path)):
+            count, roots = state.memory.counts[row], state.memory.roots[row]
+            roots[count] = int(path[row, 0, 0])
+            text, position = self._find_text(roots), count + 1 + head
             rank = self.script.rank(position)
             if position < len(text) and rank is not None:
                 decoys = [token for token in range(rank + 2) if token != text[position]][:rank]
                 for place, token in enumerate([*decoys, text[position]]):
                     logits[row, :, token] = 10.0 - place
         return logits
+
+    def _find_text(self, roots: dict[int, int]) -> list[int]:
+        """The scripted text that holds all these tokens."""
+        fits = (t for t in self.script.texts if all(p < len(t) and t[p] == token for p, token in roots.items()))
+        return next(fits, [])
 
     def read_contexts(self, hidden: Tensor) -> Tensor:
         return hidden

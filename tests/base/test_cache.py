@@ -38,14 +38,32 @@ def test_a_commit_without_its_gather_would_be_seen(tiny_llama):
     assert (logits - plain).abs().max() > 0.1
 
 
-def test_retain_keeps_the_rows_asked_for(tiny_llama):
+def test_rows_may_change_places_and_share_a_beginning(tiny_llama):
     prompts = torch.randint(3, 96, (3, 6))
     cache = tiny_llama.new_cache(3, 20)
     tiny_llama.prefill(prompts, [6, 3, 5], cache)
-    cache.retain([2, 0])
-    assert cache.lengths == [5, 6]
-    logits = tiny_llama.verify(torch.tensor([[8], [9]]), find_tree("root"), cache).logits[:, 0]
-    for row, text in enumerate([[*prompts[2, :5].tolist(), 8], [*prompts[0].tolist(), 9]]):
+    cache.swap(0, 2)
+    assert cache.lengths == [5, 3, 6]
+    cache.copy_beginning(2, 1, 4)
+    assert cache.lengths == [5, 4, 6]
+    logits = tiny_llama.verify(torch.tensor([[8], [9], [7]]), find_tree("root"), cache).logits[:, 0]
+    texts = [[*prompts[2, :5].tolist(), 8], [*prompts[0, :4].tolist(), 9], [*prompts[0].tolist(), 7]]
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(logits[row], _read(tiny_llama, text)[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_forwards_work_on_the_rows_asked_for_and_leave_the_others(tiny_llama):
+    prompts = torch.randint(3, 96, (4, 6))
+    cache = tiny_llama.new_cache(4, 20)
+    tiny_llama.prefill(prompts[:2], [6, 4], cache)
+    tiny_llama.prefill(prompts[2:], [3, 5], cache, slice(2, 4))
+    assert cache.lengths == [6, 4, 3, 5]
+    tiny_llama.prefill(prompts[3:], [2], cache, slice(2, 3))
+    cache.reset(3, 2)
+    logits = tiny_llama.verify(torch.tensor([[8], [9], [7], [5]]), find_tree("root"), cache).logits[:, 0]
+    p = prompts.tolist()
+    texts = [[*p[0], 8], [*p[1][:4], 9], [*p[2][:3], *p[3][:2], 7], [*p[3][:2], 5]]
+    for row, text in enumerate(texts):
         torch.testing.assert_close(logits[row], _read(tiny_llama, text)[-1], rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hydraspec.base.model import BaseModel
+from hydraspec.decode.batch import Job
 from hydraspec.decode.engine import Engine, emit
 from hydraspec.errors import RequestError, TreeError
 from hydraspec.heads import cut_vocabulary, new_heads
@@ -172,10 +173,12 @@ def test_emit_asks_the_stop_check_about_new_tokens_only():
         seen.append((list(tokens), new))
         return 4 if len(tokens) >= 5 else None
 
-    request, output = Request((1,), 10, stop_check=check), Output()
-    assert emit(request, output, [1, 2, 3]) == (1, 2, 3)
-    assert emit(request, output, [4, 5]) == (4,)
+    output = Output()
+    job = Job(0, Request((1,), 10, stop_check=check), output)
+    assert emit(job, [1, 2, 3]) == (1, 2, 3)
+    assert emit(job, [4, 5]) == (4,)
     assert (output.token_ids, output.finish_reason) == ([1, 2, 3, 4], "stop")
+    assert job.live.tokens == [1, 1, 2, 3, 4]
     assert seen == [([1, 2, 3], 3), ([1, 2, 3, 4, 5], 2)]
 
 

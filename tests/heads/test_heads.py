@@ -59,10 +59,13 @@ def test_a_tied_vocabulary_layer_is_the_base_models(tiny_llama):
 def test_contexts_grow_step_by_step_as_in_one_pass(tiny_llama, kind):
     heads = _scramble(new_heads(tiny_llama, kind)).requires_grad_(False)
     prompt, more = torch.randn(2, 7, 64), torch.randn(2, 3, 64)
-    state = heads.begin(prompt, [7, 4], 40)
-    heads.observe(state, more, [1, 3])
-    heads.observe(state, more, [2, 2])
-    state.retain([1, 0])
+    state = heads.new_state(3, 40)
+    heads.observe(state, prompt, [7, 4], slice(1, 3))
+    heads.observe(state, more, [1, 3], slice(1, 3))
+    state.swap(0, 1)
+    state.swap(1, 2)
+    heads.observe(state, more, [2, 2], slice(0, 2))
+    state.swap(0, 1)
     texts = [
         torch.cat([prompt[1, :4], more[1, :3], more[1, :2]]),
         torch.cat([prompt[0], more[0, :1], more[0, :2]]),
@@ -81,9 +84,10 @@ def test_the_fast_prefix_layer_is_the_models_own(bias):
     hidden, more = torch.randn(2, 9, 64), torch.randn(2, 4, 64)
     contexts = {}
     for heads.prefix.fused in (fused, None):
-        state = heads.begin(hidden, [9, 5], 40)
-        heads.observe(state, more, [2, 4])
-        heads.observe(state, more[:, :1], [1, 1])
+        state, rows = heads.new_state(2, 40), slice(0, 2)
+        heads.observe(state, hidden, [9, 5], rows)
+        heads.observe(state, more, [2, 4], rows)
+        heads.observe(state, more[:, :1], [1, 1], rows)
         contexts[heads.prefix.fused is None] = state.context
     torch.testing.assert_close(contexts[True], contexts[False], rtol=1e-5, atol=1e-5)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class StepLayout:
     # that no layer has to convert a bool mask anew. None: causal order from an empty cache or, for T = 1, everything.
     bias: Tensor | None
     start: int | None  # the first slot, where it is the same in every sequence
+    rows: slice = field(default_factory=lambda: slice(None))  # the B rows of the cache that the sequences lie in
 
     def __post_init__(self) -> None:
         assert self.slots.shape == self.positions.shape

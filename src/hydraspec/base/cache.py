@@ -49,13 +49,13 @@ class SlotLayer(CacheLayerMixin):
         assert layout is not None, "a forward needs a layout: call SlotCache.layout_chain or layout_tree first"
         if layout.start is not None:
             end = layout.start + key_states.shape[2]
-            self.keys[:, :, layout.start : end] = key_states
-            self.values[:, :, layout.start : end] = value_states
+            self.keys[layout.rows, :, layout.start : end] = key_states
+            self.values[layout.rows, :, layout.start : end] = value_states
         else:
-            rows = self.cache.rows
+            rows = self.cache.row_numbers[layout.rows]
             self.keys[rows, :, layout.slots] = key_states.transpose(1, 2)
             self.values[rows, :, layout.slots] = value_states.transpose(1, 2)
-        return self.keys[:, :, : layout.view], self.values[:, :, : layout.view]
+        return self.keys[layout.rows, :, : layout.view], self.values[layout.rows, :, : layout.view]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots that the mask covers, and the first of them."""
@@ -74,11 +74,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """Slots for `batch` sequences of at most `max_length` tokens each, tree nodes included.
 
+    Forwards work on consecutive rows. A row keeps its tokens until `reset` or a forward overwrites them.
+
     Attributes:
-        lengths: committed tokens of each sequence.
-        max_length: slots of each sequence.
+        lengths: committed tokens of each row.
+        max_length: slots of each row.
         layout: where the forward in progress writes and looks.
-        slabs: tensors `[layers, B, heads, max_length, width]`, keys and values of layers of one shape in one of them.
+        slabs: tensors `[layers, batch, heads, max_length, width]`: keys and values of one shape lie in one of them.
     """
 
     def __init__(
@@ -94,10 +96,10 @@ class SlotCache(Cache):
         self.lengths: list[int] = [0] * batch
         self.layout: StepLayout | None = None
         self.slabs: list[Tensor] = []
-        # What nodes see of each other, kept between steps: of chains by length, and of the last tree.
+        self.row_numbers = torch.arange(batch, device=device)[:, None]  # [batch, 1], beside [B, T] slots
+        # What nodes see of each other, kept between steps: of chains by length, and of trees.
         self._chains: dict[int, Tensor] = {}
-        self._tree: Tree | None = None
-        self._tree_bias: Tensor
+        self._trees: dict[Tree, Tensor] = {}
         sizes: dict[tuple[int, int], int] = {}  # (heads, width) -> tensors of that shape
         for shape in self.shapes:
             if shape is not None:
@@ -119,7 +121,6 @@ class SlotCache(Cache):
                 used[slab] += 1
             self._places.append((place[0], place[1]))
         super().__init__(layers=[self._make_layer(place) for place in self._places])
-        self._refresh_rows()
 
     def _make_layer(self, place: tuple[tuple[int, int], tuple[int, int]] | None) -> CacheLayerMixin | DummyLayer:
         if place is None:  # the layer reads another layer's keys and values
@@ -127,93 +128,111 @@ class SlotCache(Cache):
         (key_slab, key_index), (value_slab, value_index) = place
         return SlotLayer(self, self.slabs[key_slab][key_index], self.slabs[value_slab][value_index])
 
-    def _refresh_rows(self) -> None:
-        self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]  # [B, 1], beside [B, T] slots
-
-    @property
-    def lengths_tensor(self) -> Tensor:
-        """`lengths` as `[B]` int64 on the cache's device."""
-        return torch.tensor(self.lengths, device=self.device)
-
-    def layout_chain(self, width: int) -> StepLayout:
-        """Plan a forward of `width` tokens in a row behind each sequence's committed ones (prefill, or a chain)."""
-        first = self.lengths[0]
-        steps = torch.arange(width, device=self.device)
-        if not any(self.lengths):
-            slots = steps.expand(len(self.lengths), width)
-            self.layout = StepLayout(slots, slots, width, None, 0)
-            return self.layout
-        if width == 1 and all(length == first for length in self.lengths):
-            slots = torch.full((len(self.lengths), 1), first, device=self.device)
-            self.layout = StepLayout(slots, slots, first + 1, None, first)
+    def layout_chain(self, width: int, rows: slice) -> StepLayout:
+        """Plan a forward of `width` tokens in a row behind the committed ones of `rows` (prefill, or a chain)."""
+        lengths = self.lengths[rows]
+        first = lengths[0]
+        steps = torch.arange(first, first + width, device=self.device)
+        if not any(lengths) or (width == 1 and all(length == first for length in lengths)):
+            slots = steps.expand(len(lengths), width)
+            self.layout = StepLayout(slots, slots, first + width, None, first, rows)
             return self.layout
         if width not in self._chains:
             self._chains[width] = self._make_bias(torch.ones(width, width, dtype=torch.bool, device=self.device).tril())
-        return self._layout_nodes(steps, self._chains[width])
+        return self._layout_nodes(steps - first, self._chains[width], rows)
 
-    def layout_tree(self, tree: Tree) -> StepLayout:
-        """Plan a forward of a tree's nodes behind each sequence's committed tokens."""
+    def layout_tree(self, tree: Tree, rows: slice) -> StepLayout:
+        """Plan a forward of a tree's nodes behind the committed tokens of `rows`."""
         if tree.num_nodes == 1:
-            return self.layout_chain(1)
-        if self._tree is not tree:
-            self._tree, self._tree_bias = tree, self._make_bias(tree.ancestors.to(self.device))
-        return self._layout_nodes(tree.depths.to(self.device), self._tree_bias)
+            return self.layout_chain(1, rows)
+        if tree not in self._trees:
+            self._trees[tree] = self._make_bias(tree.ancestors.to(self.device))
+        return self._layout_nodes(tree.depths.to(self.device), self._trees[tree], rows)
 
     def _make_bias(self, visible: Tensor) -> Tensor:
         """What is added to attention scores: 0 where `visible`, else the dtype's minimum."""
         zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         return zeros.masked_fill_(~visible, torch.finfo(self.dtype).min)
 
-    def _layout_nodes(self, depths: Tensor, bias: Tensor) -> StepLayout:
+    def _layout_nodes(self, depths: Tensor, bias: Tensor, rows: slice) -> StepLayout:
         """Plan a forward of nodes at `depths` [T] below the committed tokens, who see each other by `bias` [T, T]."""
-        batch, width, first = len(self.lengths), len(depths), self.lengths[0]
-        view = max(self.lengths) + width
+        lengths = self.lengths[rows]
+        batch, width, first = len(lengths), len(depths), lengths[0]
+        view = max(lengths) + width
         assert view <= self.max_length, f"{view} slots needed, {self.max_length} there"
         nodes = torch.arange(first, first + width, device=self.device)
-        if all(length == first for length in self.lengths):
+        if all(length == first for length in lengths):
             seen = F.pad(bias, (first, 0))[None]
             slots, positions = nodes.expand(batch, width), (depths + first).expand(batch, width)
-            self.layout = StepLayout(slots, positions, view, seen, first)
+            self.layout = StepLayout(slots, positions, view, seen, first, rows)
             return self.layout
-        lengths = self.lengths_tensor[:, None]
-        slots, positions = lengths - first + nodes, lengths + depths
-        seen = self._make_bias(torch.arange(view, device=self.device) < lengths)[:, None].repeat(1, width, 1)
+        ends = send(lengths, self.device)[:, None]
+        slots, positions = ends - first + nodes, ends + depths
+        seen = self._make_bias(torch.arange(view, device=self.device) < ends)[:, None].repeat(1, width, 1)
         seen.scatter_(2, slots[:, None].expand(batch, width, width), bias.expand(batch, width, width))
-        self.layout = StepLayout(slots, positions, view, seen, None)
+        self.layout = StepLayout(slots, positions, view, seen, None, rows)
         return self.layout
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Commit the first `counts[b]` tokens that the last forward wrote for sequence b, where they are."""
-        for row, count in enumerate(counts):
+    def advance(self, counts: Sequence[int], rows: slice | None = None) -> None:
+        """Commit the first `counts[b]` tokens that the last forward wrote for each of `rows`, where they are."""
+        rows = rows or slice(0, len(counts))
+        for row, count in zip(range(rows.start, rows.stop), counts, strict=True):
             self.lengths[row] += count
             assert self.lengths[row] <= self.max_length
 
-    def commit(self, path: Tensor, counts: Sequence[int]) -> None:
+    def commit(self, path: Tensor, counts: Sequence[int], rows: slice | None = None) -> None:
         """Commit the nodes `path[b, :counts[b]]` of the last forward: move their keys and values into place.
 
         Args:
             path: `[B, A]` node indices in order from the root; entries past the count may be anything.
             counts: nodes that each sequence keeps.
+            rows: the B rows of that forward; None: the first ones.
         """
+        rows = rows or slice(0, len(counts))
         longest = max(counts)
         if longest > 1:  # the root lies in its place already
+            lengths = self.lengths[rows]
             path = path[:, 1:longest]
             behind = torch.arange(1, longest, device=self.device)
-            if len(self.lengths) == 1:
-                source, target = self.lengths[0] + path[0], self.lengths[0] + behind
+            if len(lengths) == 1:
+                source, target = lengths[0] + path[0], lengths[0] + behind
                 for slab in self.slabs:
-                    slab.index_copy_(3, target, slab.index_select(3, source))
+                    row = slab[:, rows]
+                    row.index_copy_(3, target, row.index_select(3, source))
             else:
-                lengths = self.lengths_tensor[:, None]
-                source, target = lengths + path, lengths + behind
+                ends, numbers = send(lengths, self.device)[:, None], self.row_numbers[rows]
+                source, target = ends + path, ends + behind
                 for slab in self.slabs:
-                    slab[:, self.rows, :, target] = slab[:, self.rows, :, source]
-        self.advance(counts)
+                    slab[:, numbers, :, target] = slab[:, numbers, :, source]
+        self.advance(counts, rows)
 
-    def retain(self, rows: Sequence[int]) -> None:
-        """Keep only the sequences `rows`, in that order."""
-        index = torch.tensor(rows, device=self.device)
-        self.lengths = [self.lengths[row] for row in rows]
-        self.slabs = [slab.index_select(1, index) for slab in self.slabs]
-        self.layers = [self._make_layer(place) for place in self._places]
-        self._refresh_rows()
+    def reset(self, row: int, length: int = 0) -> None:
+        """Forget the tokens of a row, all but its first `length`."""
+        assert length <= self.lengths[row] or length == 0
+        self.lengths[row] = length
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two rows."""
+        end = max(self.lengths[a], self.lengths[b])
+        for slab in self.slabs:
+            slab[:, [a, b], :, :end] = slab[:, [b, a], :, :end]
+        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
+
+    def copy_beginning(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of row `source` all that row `target` holds."""
+        assert length <= self.lengths[source]
+        for slab in self.slabs:
+            slab[:, target, :, :length] = slab[:, source, :, :length]
+        self.lengths[target] = length
+
+
+def count_bytes(shapes: Sequence[LayerShape | None], dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes in all layers together."""
+    return sum(s.key_heads * s.key_width + s.value_heads * s.value_width for s in shapes if s) * dtype.itemsize
+
+
+def send(values: Sequence[int], device: torch.device) -> Tensor:
+    """Integers as an int64 tensor on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

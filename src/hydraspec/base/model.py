@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hydraspec.base.attention import attend_with
-from hydraspec.base.cache import SlotCache
+from hydraspec.base.cache import SlotCache, send
 from hydraspec.base.facts import (
     explain_config,
     find_context,
@@ -147,27 +147,32 @@ class BaseModel:
         return SlotCache(self.cache_shapes, batch, max_length, self.dtype, self.device)
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, counts: Sequence[int], cache: SlotCache) -> Verified:
+    def prefill(self, ids: Tensor, counts: Sequence[int], cache: SlotCache, rows: slice | None = None) -> Verified:
         """Read prompts, or further pieces of them, and commit them to the cache.
 
         Args:
             ids: `[B, T]` right-padded token ids.
             counts: real tokens in each row.
             cache: written and lengthened by `counts`.
+            rows: the B rows of the cache that the sequences lie in; None: the first ones.
 
         Returns:
             Logits `[B, 1, V]` after each row's last real token, and the hidden states `[B, T, d]` of all tokens.
         """
-        last = torch.tensor(counts, device=self.device) - 1
-        cache.layout_chain(ids.shape[1])
+        rows = rows or slice(0, len(ids))
+        last = send(counts, self.device) - 1
+        cache.layout_chain(ids.shape[1], rows)
         verified = self._forward(ids, cache, last)
-        cache.advance(counts)
+        cache.advance(counts, rows)
         return verified
 
     @torch.inference_mode()
     def verify(self, tokens: Tensor, tree: Tree, cache: SlotCache) -> Verified:
-        """One forward over all nodes of a filled tree: `tokens` `[B, N]`. The cache keeps them until its commit."""
-        cache.layout_tree(tree)
+        """One forward over all nodes of a filled tree, for the first B rows of the cache: `tokens` `[B, N]`.
+
+        The cache keeps the nodes until its next forward: see `SlotCache.commit`.
+        """
+        cache.layout_tree(tree, slice(0, len(tokens)))
         return self._forward(tokens, cache)
 
     @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
-from hydraspec.config import DecodingConfig
+from hydraspec.config import DecodingConfig, SamplingConfig
 
 
-@takes(DecodingConfig)
+@takes(config=DecodingConfig, sampling=SamplingConfig)
 def chat(
     model: Model,
     config: DecodingConfig,
+    sampling: SamplingConfig,
     heads: Heads = None,
     tree: TreeName = None,
     device: Device = None,
@@ -41,7 +42,7 @@ def chat(
         messages.append({"role": "user", "content": line})
         answer = ""
         try:
-            for piece in llm.stream(messages, config.max_new_tokens, config.stop, config.ignore_eos):
+            for piece in llm.stream(messages, **vars(config), **vars(sampling)):
                 answer += piece
                 console.print(piece, end="", style="cyan", markup=False, soft_wrap=True)
         except KeyboardInterrupt:

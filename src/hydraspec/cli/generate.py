@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
-from hydraspec.config import DecodingConfig
+from hydraspec.config import DecodingConfig, SamplingConfig
 
 
-@takes(DecodingConfig)
+@takes(config=DecodingConfig, sampling=SamplingConfig)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
     config: DecodingConfig,
+    sampling: SamplingConfig,
     heads: Heads = None,
     tree: TreeName = None,
     raw: Annotated[bool, typer.Option("--raw", help="take the prompt as it is, without the chat template")] = False,
@@ -31,7 +32,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     llm = load_quietly(model, heads, tree, device, dtype)
-    request = llm.make_request(text, config.max_new_tokens, config.stop, config.ignore_eos, raw)
+    request = llm.make_request(text, raw=raw, **vars(config), **vars(sampling))
     output, seconds = Output(), 0.0
     for record, piece in llm.stream_steps(request, output, config.stop):
         seconds += record.seconds.total

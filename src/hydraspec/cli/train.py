@@ -11,7 +11,7 @@ from hydraspec.cli.options import Device, takes
 from hydraspec.config import TrainingConfig
 
 
-@takes(TrainingConfig)
+@takes(config=TrainingConfig)
 def train_heads(
     base: Annotated[str, typer.Option(help="the base model: a folder, a hub id, or a shipped model")],
     heads: Annotated[str, typer.Option(help="medusa, hydra or hydra++")],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hydraspec.base.cache import send
 from hydraspec.config import HeadsConfig
 
 
@@ -56,7 +59,9 @@ class HeadBlocks(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-def gather_last(hidden: Tensor, counts: list[int]) -> Tensor:
+def gather_last(hidden: Tensor, counts: Sequence[int]) -> Tensor:
     """Of right-padded `[B, T, d]` the last real position of each row, `[B, d]`."""
+    if len(counts) == 1:
+        return hidden[:, counts[0] - 1]
     rows = torch.arange(len(counts), device=hidden.device)
-    return hidden[rows, torch.tensor(counts, device=hidden.device) - 1]
+    return hidden[rows, send(counts, hidden.device) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hydraspec.base.attention import attend_with
-from hydraspec.base.cache import SlotCache
+from hydraspec.base.cache import LayerShape, SlotCache, count_bytes
 from hydraspec.base.facts import find_context, probe_cache_shapes
 from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
@@ -54,27 +55,32 @@ class PrefixLayer(nn.Module):
         self.context = find_context(self.layer_config)
         self.explicit_masks = not type(self.decoder)._can_set_attn_implementation()
         self.fused: FusedLlamaLayer | None = None  # a fast path of prepared heads
-        self._shapes: Any = None
+        self._shapes: tuple[LayerShape | None, ...] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[B, T, d]` to `[B, T, d]`, causal over right-padded rows."""
         return self.decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
-    def new_cache(self, batch: int, max_length: int) -> SlotCache:
-        """An empty cache of the layer's own."""
-        parameter = next(self.decoder.parameters())
+    def find_shapes(self) -> tuple[LayerShape | None, ...]:
+        """The shape of the layer's keys and values."""
         if self._shapes is None:
+            parameter = next(self.decoder.parameters())
             probe = torch.zeros(1, 2, self.layer_config.hidden_size, dtype=parameter.dtype, device=parameter.device)
             self._shapes = probe_cache_shapes(
                 self.layer_config,
                 lambda cache: self.decoder(inputs_embeds=probe, past_key_values=cache, use_cache=True),
                 "the prefix layer",
             )
-        return SlotCache(self._shapes, batch, max_length, parameter.dtype, parameter.device)
+        return self._shapes
 
-    def extend(self, hidden: Tensor, counts: list[int], cache: SlotCache) -> Tensor:
+    def new_cache(self, batch: int, max_length: int) -> SlotCache:
+        """An empty cache of the layer's own."""
+        parameter = next(self.decoder.parameters())
+        return SlotCache(self.find_shapes(), batch, max_length, parameter.dtype, parameter.device)
+
+    def extend(self, hidden: Tensor, counts: Sequence[int], cache: SlotCache, rows: slice) -> Tensor:
         """Attend from newly verified positions `[B, A, d]` over all earlier ones, and commit them to the cache."""
-        layout = cache.layout_chain(hidden.shape[1])
+        layout = cache.layout_chain(hidden.shape[1], rows)
         positions = layout.positions_within(self.context)
         if self.fused is not None:
             out = self.fused.extend(hidden, layout, positions, cache)
@@ -83,7 +89,7 @@ class PrefixLayer(nn.Module):
                 out = self.decoder(
                     inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True
                 ).last_hidden_state
-        cache.advance(counts)
+        cache.advance(counts, rows)
         return out
 
 
@@ -101,16 +107,24 @@ class HydraPlusPlusHeads(HydraHeads):
             self.prefix.fused = FusedLlamaLayer(self.prefix.decoder)
         return self
 
-    def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
-        """Read the prompts' hidden states `[B, T, d]` into a new cache of the prefix layer."""
-        # An extension is padded to the longest in the batch, so it may write past the last committed slot.
-        cache = self.prefix.new_cache(len(counts), max_length + self.num_heads + 1)
-        contexts = self.prefix.extend(hidden, counts, cache)
-        return HeadState(gather_last(contexts, counts), cache)
+    def new_state(self, batch: int, max_length: int) -> HeadState:
+        """As for all heads, with an empty cache of the prefix layer."""
+        state = super().new_state(batch, max_length)
+        state.memory = self.prefix.new_cache(batch, self._count_slots(max_length))
+        return state
 
-    def observe(self, state: HeadState, hidden: Tensor, counts: list[int]) -> None:
-        """Read newly verified hidden states `[B, A, d]`. Updates the context and the prefix layer's cache."""
-        state.context = gather_last(self.prefix.extend(hidden, counts, state.memory), counts)
+    def count_bytes(self, max_length: int) -> int:
+        """Those of the prefix layer's keys and values."""
+        dtype = next(self.parameters()).dtype
+        return self._count_slots(max_length) * count_bytes(self.prefix.find_shapes(), dtype)
+
+    def _count_slots(self, max_length: int) -> int:
+        # An extension is padded to the longest in the batch, so it may write past the last committed slot.
+        return max_length + self.num_heads + 1
+
+    def observe(self, state: HeadState, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
+        """Read newly committed hidden states `[B, A, d]` into the prefix layer's cache, and the contexts."""
+        state.context[rows] = gather_last(self.prefix.extend(hidden, counts, state.memory, rows), counts)
 
     def read_contexts(self, hidden: Tensor) -> Tensor:
         """The prefix layer's output `[B, T, d]`."""

@@ -25,17 +25,31 @@ Project = Callable[[Tensor], Tensor]
 
 @dataclass
 class HeadState:
-    """What heads remember of a running batch between steps."""
+    """What heads remember of the sequences between steps, in the rows of the base model's cache."""
 
-    context: Tensor  # [B, d]: stands for h_t
-    memory: Any = None  # what else this kind of heads keeps, such as a cache of its own
+    context: Tensor  # [rows, d]: stands for h_t
+    memory: Any = None  # what else this kind of heads keeps, such as a cache of its own: see `SlotCache`
     read: Tensor | None = None  # [B, K, 2d]: what the context adds to the first blocks, within one step
 
-    def retain(self, rows: Sequence[int]) -> None:
-        """Keep only the sequences `rows`, in that order."""
-        self.context = self.context[list(rows)]
+    def first(self, count: int) -> HeadState:
+        """The state of the first `count` rows, to guess with."""
+        return HeadState(self.context[:count], self.memory)
+
+    def reset(self, row: int, length: int = 0) -> None:
+        """Forget the tokens of a row, all but its first `length`."""
         if self.memory is not None:
-            self.memory.retain(rows)
+            self.memory.reset(row, length)
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two rows."""
+        self.context[[a, b]] = self.context[[b, a]]
+        if self.memory is not None:
+            self.memory.swap(a, b)
+
+    def copy_beginning(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of row `source` all that row `target` remembers."""
+        if self.memory is not None:
+            self.memory.copy_beginning(source, target, length)
 
 
 class DraftHeads(nn.Module):
@@ -100,19 +114,25 @@ class DraftHeads(nn.Module):
 
     # -- decoding ----------------------------------------------------------------------------------------------
 
-    def begin(self, hidden: Tensor, counts: list[int], max_length: int) -> HeadState:
-        """Read the prompts' hidden states.
+    def new_state(self, batch: int, max_length: int) -> HeadState:
+        """An empty state for `batch` sequences of at most `max_length` tokens. The heads must be prepared."""
+        parameter = next(self.parameters())
+        return HeadState(torch.zeros(batch, self.config.hidden_size, dtype=parameter.dtype, device=parameter.device))
+
+    def count_bytes(self, max_length: int) -> int:
+        """Bytes that the state of one sequence of at most `max_length` tokens takes besides its context."""
+        return 0
+
+    def observe(self, state: HeadState, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
+        """Read the hidden states of newly committed tokens, of prompts as of accepted paths. Updates `state`.
 
         Args:
-            hidden: `[B, T, d]`, right-padded.
-            counts: real tokens in each row.
-            max_length: tokens that a sequence may grow to.
+            state: of the sequences.
+            hidden: `[B, A, d]`, right-padded.
+            counts: real tokens of each sequence.
+            rows: the B rows of the state that the sequences lie in.
         """
-        return HeadState(gather_last(hidden, counts))
-
-    def observe(self, state: HeadState, hidden: Tensor, counts: list[int]) -> None:
-        """Read the hidden states `[B, A, d]` of newly verified tokens, `counts[b]` of them real. Updates `state`."""
-        state.context = gather_last(hidden, counts)
+        state.context[rows] = gather_last(hidden, counts)
 
     def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel) -> Tensor:
         """Logits of the children of nodes at depth `head`. The heads must be prepared for `base`.
