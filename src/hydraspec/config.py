@@ -117,8 +117,13 @@ class EngineConfig:
     memory: int | None = option(None, "bytes for all caches at most; max_batch is lowered to fit; left out: no limit")
     prefill_tokens: int = option(512, "prompt tokens read between two steps at most, so that others do not wait long")
     share_prefixes: bool = option(True, "copy the cache of a common beginning instead of reading it again")
+    forward: str = option(
+        "auto", "eager; static: fixed shapes, recorded as CUDA graphs; compile: static and compiled; auto: by device"
+    )
 
     def __post_init__(self) -> None:
+        if self.forward not in ("auto", "eager", "static", "compile"):
+            raise RequestError(f"forward must be auto, eager, static or compile, not {self.forward!r}")
         for name in ("max_batch", "max_length", "memory", "prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from hydraspec.base.model import BaseModel
+from hydraspec.config import EngineConfig
 from hydraspec.decode.batch import Job
 from hydraspec.decode.engine import Engine, emit
 from hydraspec.errors import RequestError, TreeError
 from hydraspec.heads import cut_vocabulary, new_heads
-from hydraspec.tree import find_tree
+from hydraspec.tree import find_tree, find_trees
 from hydraspec.types import Output, Request
 from tests.conftest import Script, ScriptedHeads, generate_plainly, make_model, random_prompts
 
@@ -69,6 +70,16 @@ def test_untrained_heads_change_nothing(tiny_llama, truth, kind):
     heads = new_heads(tiny_llama, kind).prepare(tiny_llama)
     outputs, _ = run(tiny_llama, heads, "published-63", [Request(tuple(p), NEW) for p in PROMPTS])
     assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth]
+
+
+@pytest.mark.parametrize("tree", ["root", "small-16", "1:small-16,2:chain-2,3:root"])
+def test_static_shapes_change_nothing(tiny_llama, truth, tree):
+    limits = [NEW, 7, NEW - 9, 23]
+    requests = [Request(tuple(p), n) for p, n in zip(PROMPTS, limits, strict=True)]
+    outputs = [Output() for _ in requests]
+    heads = scripted(tiny_llama, truth) if tree != "root" else None
+    list(Engine(tiny_llama, heads, find_trees(tree), EngineConfig(forward="static")).run(requests, outputs))
+    assert [o.token_ids for o in outputs] == [t[:n] for t, n in zip(truth, limits, strict=True)]
 
 
 def test_a_cut_vocabulary_changes_nothing(tiny_llama, truth):

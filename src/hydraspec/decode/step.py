@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from hydraspec.accept.greedy import AcceptanceRule
 from hydraspec.base.model import BaseModel
@@ -13,9 +16,19 @@ from hydraspec.tree.topology import Tree
 from hydraspec.types import Accepted, Draft, Seconds, Verified
 
 
+# The base model's view of a filled tree `[B, N]`, with the nodes left in the cache for the commit.
+Verify = Callable[[Tensor, Tree], Verified]
+
+
 @torch.inference_mode()
 def decode_step(
-    base: BaseModel, heads: DraftHeads | None, tree: Tree, rule: AcceptanceRule, running: RunningBatch, clock: Clock
+    base: BaseModel,
+    heads: DraftHeads | None,
+    tree: Tree,
+    verify: Verify,
+    rule: AcceptanceRule,
+    running: RunningBatch,
+    clock: Clock,
 ) -> tuple[Accepted, Seconds]:
     """Advance every sequence by the draft tokens that the base model agrees with, and one token of its own.
 
@@ -24,7 +37,7 @@ def decode_step(
     clock.mark()
     filled = draft(base, heads, tree, running)
     clock.mark()
-    verified = base.verify(filled.tokens, tree, running.cache)
+    verified = verify(filled.tokens, tree)
     clock.mark()
     accepted = rule.accept(filled, verified, tree)
     clock.mark()
