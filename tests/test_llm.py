@@ -2,7 +2,10 @@ import pytest
 import torch
 
 import hydraspec
+from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError, HydraspecError, RequestError
+from hydraspec.llm import LLM
+from tests.conftest import Script, ScriptedHeads, generate_plainly, make_model, random_prompts
 
 PROMPT = "Find me a hotel in San Jose."
 
@@ -66,3 +69,61 @@ def test_tensors_of_token_ids_are_prompts(shipped):
 
 def test_no_prompts_give_no_outputs(shipped):
     assert shipped.generate([]) == []
+
+
+# By setting, a value that changes the text `t` where plain decoding ends at `t[15]`.
+GENERATION = {
+    "repetition_penalty": lambda t: 2.0,
+    "no_repeat_ngram_size": lambda t: 1,
+    "min_length": lambda t: 9 + 20,
+    "min_new_tokens": lambda t: 20,
+    "suppress_tokens": lambda t: [t[3]],
+    "begin_suppress_tokens": lambda t: [t[0]],
+    "bad_words_ids": lambda t: [[t[1], t[2]]],
+}
+
+
+@pytest.mark.parametrize("settings", [*([name] for name in GENERATION), list(GENERATION)])
+def test_the_models_own_generation_config_is_followed(settings, tiny_llama):
+    model, prompts = make_model("llama"), random_prompts([9, 4])
+    text = generate_plainly(model, prompts[0], 24)
+    model.generation_config.eos_token_id = text[15]
+    plain = [generate_plainly(model, prompt, 24, eos=text[15]) for prompt in prompts]
+    for name in settings:
+        setattr(model.generation_config, name, GENERATION[name](text))
+    expected = [generate_plainly(model, prompt, 24, eos=text[15]) for prompt in prompts]
+    assert expected[0] != plain[0]
+    base = BaseModel(model, "tiny")
+    codec = type("Ids", (), {"encode": lambda self, ids, raw: ids, "decode": lambda self, ids, special=False: ""})()
+    heads = ScriptedHeads(base, Script([p + e for p, e in zip(prompts, expected, strict=True)]))
+    for llm in (LLM(base, codec, None), LLM(base, codec, heads)):
+        assert [output.token_ids for output in llm.generate(prompts, 24)] == expected
+
+
+def test_sampling_repeats_with_its_seed_and_differs_between_copies(shipped):
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5}
+    twice = shipped.generate([PROMPT, PROMPT], **options)
+    assert twice[0].token_ids != twice[1].token_ids
+    assert shipped.generate(PROMPT, **options)[0].token_ids == twice[0].token_ids
+    assert "".join(shipped.stream(PROMPT, **options)) == twice[0].text
+    plain = LLM(shipped.base, shipped.codec, None)
+    assert [o.token_ids for o in plain.generate([PROMPT, PROMPT], **options)] == [o.token_ids for o in twice]
+
+
+def test_wrong_sampling_options_are_refused_in_one_line(shipped):
+    for options, message in (
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"top_p": 0}, "top_p must be in"),
+        ({"acceptance": "loose"}, "exact or typical"),
+        ({"tempreature": 1}, "no option is called 'tempreature'"),
+        ({"logit_bias": ((99999, 1.0),)}, "99999"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            shipped.generate("Hello", **options)
+
+
+def test_typical_acceptance_is_an_option(shipped):
+    options = {"max_new_tokens": 40, "temperature": 0.7, "seed": 3, "ignore_eos": True}
+    typical, exact = (shipped.generate(PROMPT, acceptance=a, **options)[0] for a in ("typical", "exact"))
+    assert len(typical.token_ids) == len(exact.token_ids) == 40
+    assert typical.acceptance_length > exact.acceptance_length

@@ -57,7 +57,9 @@ class SamplingConfig:
     top_k: int = option(0, "sample among this many most likely tokens; 0: all")
     top_p: float = option(1.0, "sample among the fewest tokens that hold this much probability; 1: all")
     min_p: float = option(0.0, "leave out tokens below this fraction of the most likely one's probability")
-    repetition_penalty: float = option(1.0, "divide (or multiply, if negative) logits of tokens in prompt and output")
+    repetition_penalty: float | None = option(
+        None, "divides (or multiplies, if negative) logits of tokens in prompt and output; left out: the model's own"
+    )
     presence_penalty: float = option(0.0, "taken off the logits of tokens that the output holds")
     frequency_penalty: float = option(0.0, "taken off the logits for each time that the output holds the token")
     seed: int | None = option(None, "of the sampling noise: the same seed gives the same text; left out: a random one")
@@ -73,7 +75,7 @@ class SamplingConfig:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "above 0"),
             ("posterior_threshold", 0 < self.posterior_threshold <= 1, "in (0, 1]"),
             ("posterior_alpha", 0 < self.posterior_alpha <= 1, "in (0, 1]"),
         ):
@@ -85,7 +87,7 @@ class SamplingConfig:
     @property
     def has_penalties(self) -> bool:
         """Whether the text so far changes the distribution."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return self.repetition_penalty not in (None, 1) or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def is_plain_greedy(self) -> bool:

@@ -215,17 +215,18 @@ class LLM:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, but the model's context holds {limit}: shorten the prompt"
             )
+        defaults = self.base.generation_defaults
         return Request(
             prompt=tuple(ids),
             max_new_tokens=config.max_new_tokens or min(room, DEFAULT_NEW_TOKENS),
             eos_token_ids=frozenset() if config.ignore_eos else self.base.eos_token_ids,
             stop_check=check_stop_strings(self.codec, config.stop),
             sampling=self._make_sampling(sampling),
-            processors=tuple(processors),
+            processors=(*defaults.make_processors(len(ids), self.base.eos_token_ids), *processors),
         )
 
     def _make_sampling(self, options: dict[str, Any]) -> SamplingConfig:
-        """Sampling as asked for: named seed, tokens inside the vocabulary."""
+        """Sampling as asked for, with a named seed, the model's own repetition penalty, and known tokens."""
         known = [field.name for field in dataclasses.fields(SamplingConfig)]
         for name in options:
             if name not in known:
@@ -233,6 +234,9 @@ class LLM:
         sampling = SamplingConfig(**options)
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=draw_seed())
+        if sampling.repetition_penalty is None:
+            penalty = self.base.generation_defaults.repetition_penalty
+            sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
         for token in (*sampling.allowed_tokens, *(token for token, _ in sampling.logit_bias)):
             if not 0 <= token < self.base.vocab_size:
                 raise RequestError(f"token {token} of logit_bias or allowed_tokens is not in the vocabulary")

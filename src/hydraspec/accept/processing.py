@@ -183,7 +183,7 @@ class LogitsProcessing:
 
     def _start_counts(self, configs: Sequence[SamplingConfig]) -> None:
         """Allocate what penalties need, where some text has any; the outputs are counted by `refresh`."""
-        self._repetition = self._column([config.repetition_penalty for config in configs], 1.0)
+        self._repetition = self._column([config.repetition_penalty or 1.0 for config in configs], 1.0)
         self._presence = self._column([config.presence_penalty for config in configs], 0.0)
         self._frequency = self._column([config.frequency_penalty for config in configs], 0.0)
         self._counted_rows = [row for row, config in enumerate(configs) if config.has_penalties]

@@ -5,8 +5,8 @@ The token at position p of a text is
     argmax over v of log p_base(v | prefix) + g_p(v)
 
 with p_base the base model's distribution after the request's settings, and g_p Gumbel noise fixed by the key (seed,
-sequence, p), whatever was drafted. (Computed as the argmax of p_base / E_p, where g_p = -log E_p.) Deterministic drafts,
-a head's most likely tokens, then need no rejection and no correction:
+sequence, p), whatever was drafted. (Computed as the argmax of p_base / E_p, where g_p = -log E_p.) Deterministic
+drafts, a head's most likely tokens, then need no rejection and no correction:
 
 1. Given the prefix, the token has exactly the distribution p_base: the Gumbel-max trick, with noise independent of the
    prefix, which is made of the noise of other positions.

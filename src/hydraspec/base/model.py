@@ -24,6 +24,7 @@ from hydraspec.base.facts import (
     refuse_recurrent,
     store_columns_first,
 )
+from hydraspec.base.generation import GenerationDefaults
 from hydraspec.errors import CheckpointError, HydraspecError, UnsupportedModel
 from hydraspec.hub import fetch
 from hydraspec.tree.topology import Tree
@@ -45,6 +46,7 @@ class BaseModel:
         vocab_size: entries V of its output layer.
         max_length: tokens of context that it was made for, or None where it does not say.
         eos_token_ids: the tokens that end a text.
+        generation_defaults: what its generation config asks of every text.
 
     Raises:
         UnsupportedModel: it keeps recurrent state, or its attention cannot follow a tree.
@@ -72,7 +74,7 @@ class BaseModel:
         self.cache_shapes = probe_cache_shapes(
             self.config, lambda cache: self.model(input_ids=ids, past_key_values=cache, use_cache=True), self.name
         )
-        self._warn_of_processors()
+        self.generation_defaults = GenerationDefaults(model, self.name)
         if self_check:
             self.check_tree_attention()
 
@@ -181,15 +183,6 @@ class BaseModel:
         with _Tap(self.output_layer, torch.zeros(len(ids), dtype=torch.long, device=ids.device)) as tap:
             self.model(input_ids=ids, use_cache=False)
         return tap.hidden
-
-    def _warn_of_processors(self) -> None:
-        """Say which of the generation config's changes to the distribution are not applied."""
-        generation = getattr(self.model, "generation_config", None)
-        neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
-        for name in (*neutral, "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
-            value = getattr(generation, name, None)
-            if value is not None and value != neutral.get(name):
-                logger.warning("%s asks for %s=%s when it generates; that is not applied", self.name, name, value)
 
     def _forward(self, ids: Tensor, cache: SlotCache, last: Tensor | None = None) -> Verified:
         layout = cache.layout

@@ -1,8 +1,8 @@
 """Verification with static shapes: one forward a (batch, tree, view), compiled, or replayed as a CUDA graph.
 
-Batches and views are rounded up to a few sizes; what a forward reads besides weights and cache lies in buffers that are
-filled in place. The eager forward stays the oracle: the first result of each shape is compared with it, and a shape whose
-result differs, or that cannot be compiled, is verified eagerly from then on.
+Batches and views are rounded up to a few sizes; what a forward reads besides weights and cache lies in buffers that
+are filled in place. The eager forward stays the oracle: the first result of each shape is compared with it, and a shape
+whose result differs, or that cannot be compiled, is verified eagerly from then on.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ class StaticForward:
             return shape
         logger.info("%s: ready in %.1f s", what, time.perf_counter() - start)
         tolerance = 1e-3 if dtype == torch.float32 else 0.25
-        error = (logits - expected.logits).abs().max() / expected.logits.std()
-        if not error < tolerance:
-            logger.warning("%s is verified eagerly: the static forward is off by %.2g deviations", what, error)
+        off = float((logits - expected.logits).abs().max() / expected.logits.std())
+        if not off < tolerance:
+            logger.warning("%s is verified eagerly: the static forward is off by %.2g deviations", what, off)
             return shape
         shape.forward = forward
         return shape
