@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import hydraspec
+from hydraspec.base.cache import SlotCache
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError, HydraspecError, RequestError
 from hydraspec.llm import LLM
@@ -127,3 +128,30 @@ def test_typical_acceptance_is_an_option(shipped):
     typical, exact = (shipped.generate(PROMPT, acceptance=a, **options)[0] for a in ("typical", "exact"))
     assert len(typical.token_ids) == len(exact.token_ids) == 40
     assert typical.acceptance_length > exact.acceptance_length
+
+
+def test_an_interrupted_call_leaves_nothing_wrong_behind(shipped, monkeypatch):
+    llm = LLM(shipped.base, shipped.codec, shipped.heads)
+    expected = llm.generate(PROMPT, 20)[0].token_ids
+    commit = SlotCache.commit
+
+    def interrupt(self, *args):
+        commit(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlotCache, "commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPT, 20)
+    monkeypatch.undo()
+    assert llm.generate(PROMPT, 20)[0].token_ids == expected
+
+
+def test_streams_may_be_left_and_may_overlap(shipped):
+    llm = LLM(shipped.base, shipped.codec, shipped.heads)
+    whole = llm.generate(PROMPT, 30)[0].text
+    left = llm.stream(PROMPT, 30)
+    next(left)
+    pieces = list(zip(llm.stream(PROMPT, 30), llm.stream(PROMPT, 30), strict=False))
+    assert "".join(a for a, _ in pieces) == "".join(b for _, b in pieces) == whole
+    left.close()
+    assert llm.generate(PROMPT, 30)[0].text == whole

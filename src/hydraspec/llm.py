@@ -170,7 +170,13 @@ class LLM:
             return
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine = self._find_engine(self.tree if tree is None else find_trees(tree), len(requests), longest)
-        yield from engine.run(requests, outputs)
+        try:
+            yield from engine.run(requests, outputs)
+        except GeneratorExit:
+            raise
+        except BaseException:  # Ctrl-C, say, in the middle of a step: what the caches hold is no longer certain
+            self._engine = None
+            raise
 
     def new_engine(self, tree: str | Tree | TreeTable | None = None, config: EngineConfig | None = None) -> Engine:
         """An engine of one's own: requests may join and leave between its steps."""

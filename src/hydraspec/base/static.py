@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class StaticForward:
     def verify(self, tokens: Tensor, tree: Tree) -> Verified:
         """As `BaseModel.verify`. The result lies in buffers that the next call overwrites."""
         batch = len(tokens)
-        rows = min(1 << (batch - 1).bit_length(), len(self.cache.lengths))
+        rows = round_up(batch, len(self.cache.lengths))
         needed = max(self.cache.lengths[:rows]) + tree.num_nodes
         view = min(max(LEAST_VIEW, 1 << (needed - 1).bit_length()), self.cache.max_length)
         key = (rows, tree, view)
@@ -117,7 +118,7 @@ class StaticForward:
         expected = self.base.verify(tokens, tree, self.cache)
         start = time.perf_counter()
         try:
-            forward = self._record(self._compile(shape))
+            forward = record(self._compile(shape), device)
             self._fill(shape, tokens, tree)
             self.cache.layout = layout
             logits = forward().logits[: len(tokens)]
@@ -154,22 +155,31 @@ class StaticForward:
 
         return forward
 
-    def _record(self, forward: Callable[[], Verified]) -> Callable[[], Verified]:
-        """On a GPU, the forward as a CUDA graph; its inputs and its result keep their addresses."""
-        if self.cache.device.type != "cuda":
-            return forward
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up: lazy initialisations must not be recorded
-            for _ in range(2):
-                forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            verified = forward()
 
-        def replay() -> Verified:
-            graph.replay()
-            return verified
+T = TypeVar("T")
 
-        return replay
+
+def record(forward: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """On a GPU, `forward` as a CUDA graph: what it reads and what it returns keep their addresses. Else itself."""
+    if device.type != "cuda":
+        return forward
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up: lazy initialisations must not be recorded
+        for _ in range(2):
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = forward()
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def round_up(batch: int, most: int) -> int:
+    """The rows that are computed for a batch: the next power of two, or all of them."""
+    return min(1 << (batch - 1).bit_length(), most)

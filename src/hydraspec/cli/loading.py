@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ def load_quietly(model: str, heads: str | None, tree: str | None, device: str | 
     silence_transformers()
     from hydraspec.llm import load
 
+    settle_threads()
     return load(model, heads, tree, device, dtype)
 
 
@@ -21,3 +24,26 @@ def silence_transformers() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+def settle_threads() -> int:
+    """Let torch use as many CPU threads as this process may really run at once; OMP_NUM_THREADS has the last word.
+
+    Returns:
+        How many there are now.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), count_cores()))
+    return torch.get_num_threads()
+
+
+def count_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: by its affinity, and by its container's quota. Torch counts the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores

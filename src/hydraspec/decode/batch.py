@@ -89,7 +89,7 @@ class RunningBatch:
     def postpone(self, hidden: Tensor) -> None:
         """Keep one newly committed hidden state of each decoding row, `[B, 1, d]`, for the heads to read later."""
         if self.heads is not None:
-            self._unread.append(hidden)
+            self._unread.append(hidden.clone())  # of a static forward, the next one overwrites it
             if len(self._unread) >= MOST_UNREAD:
                 self.catch_up()
 

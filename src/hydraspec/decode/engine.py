@@ -11,13 +11,13 @@ import torch
 from hydraspec.accept import make_rule
 from hydraspec.accept.greedy import AcceptanceRule
 from hydraspec.base.model import BaseModel
-from hydraspec.base.static import StaticForward
 from hydraspec.config import EngineConfig
 from hydraspec.decode.batch import Job, RunningBatch
 from hydraspec.decode.clock import Clock
+from hydraspec.decode.forwards import EagerForwards, Forwards, StaticForwards
 from hydraspec.decode.memory import plan_memory
 from hydraspec.decode.prefixes import find_shared, is_being_read
-from hydraspec.decode.step import Verify, decode_step
+from hydraspec.decode.step import decode_step
 from hydraspec.errors import RequestError, TreeError
 from hydraspec.heads.protocol import DraftHeads
 from hydraspec.tree import PRESETS, Tree, TreeTable, find_trees
@@ -54,19 +54,19 @@ class Engine:
         self.plan = plan_memory(base, self.heads, self.trees, self.config)
         with torch.inference_mode():
             self._running = RunningBatch(base, self.heads, self.plan.max_batch, self.plan.slots)
-        self._verify = self._choose_forward()
+        self._forwards = self._choose_forwards()
         self._waiting: deque[Job] = deque()
         self._submitted = 0
         self._rule: AcceptanceRule | None = None  # of the rows that decode now
         self._clock = Clock(base.device)
 
-    def _choose_forward(self) -> Verify:
-        forward, cache = self.config.forward, self._running.cache
+    def _choose_forwards(self) -> Forwards:
+        forward = self.config.forward
         if forward == "auto":
             forward = "static" if self.base.device.type == "cuda" else "eager"
         if forward == "eager":
-            return lambda tokens, tree: self.base.verify(tokens, tree, cache)
-        return StaticForward(self.base, cache, "inductor" if forward == "compile" else None).verify
+            return EagerForwards(self.base, self.heads, self._running)
+        return StaticForwards(self.base, self.heads, self._running, "inductor" if forward == "compile" else None)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -125,6 +125,8 @@ class Engine:
     def run(self, requests: Sequence[Request], outputs: Sequence[Output]) -> Iterator[StepRecord]:
         """Decode requests until all have finished; what is left of them when the iterator is closed is aborted.
 
+        An engine whose step was interrupted by anything else, Ctrl-C for instance, must not be used again.
+
         Args:
             requests: all of them are checked before the first starts.
             outputs: one for each request; filled as the tokens come.
@@ -143,9 +145,10 @@ class Engine:
             while any(output.finish_reason is None for output in outputs):
                 for record in self.step():
                     yield replace(record, sequences=tuple(numbers[number] for number in record.sequences))
-        finally:
+        except GeneratorExit:
             for job in jobs:
                 self.abort(job)
+            raise
 
     @torch.inference_mode()
     def step(self) -> list[StepRecord]:
@@ -211,7 +214,7 @@ class Engine:
         if self._rule is None:
             self._rule = make_rule([job.live for job in jobs], self.base.vocab_size, self.base.device)
         tree = self.trees.pick(running.active)
-        accepted, seconds = decode_step(self.base, self.heads, tree, self._verify, self._rule, running, self._clock)
+        accepted, seconds = decode_step(self._forwards, tree, self._rule, running, self._clock)
         emitted = []
         for job, tokens in zip(jobs, accepted.tokens, strict=True):
             gained = emit(job, tokens)

@@ -2,66 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from hydraspec.accept.greedy import AcceptanceRule
-from hydraspec.base.model import BaseModel
 from hydraspec.decode.batch import RunningBatch
 from hydraspec.decode.clock import Clock
-from hydraspec.heads.protocol import DraftHeads
+from hydraspec.decode.forwards import Forwards
 from hydraspec.tree.topology import Tree
-from hydraspec.types import Accepted, Draft, Seconds, Verified
-
-
-# The base model's view of a filled tree `[B, N]`, with the nodes left in the cache for the commit.
-Verify = Callable[[Tensor, Tree], Verified]
+from hydraspec.types import Accepted, Seconds, Verified
 
 
 @torch.inference_mode()
 def decode_step(
-    base: BaseModel,
-    heads: DraftHeads | None,
-    tree: Tree,
-    verify: Verify,
-    rule: AcceptanceRule,
-    running: RunningBatch,
-    clock: Clock,
+    forwards: Forwards, tree: Tree, rule: AcceptanceRule, running: RunningBatch, clock: Clock
 ) -> tuple[Accepted, Seconds]:
     """Advance every sequence by the draft tokens that the base model agrees with, and one token of its own.
 
     Plain decoding is the tree of the root alone. Updates `running`.
     """
     clock.mark()
-    filled = draft(base, heads, tree, running)
+    draft = forwards.draft(tree)
     clock.mark()
-    verified = verify(filled.tokens, tree)
+    verified = forwards.verify(draft.tokens, tree)
     clock.mark()
-    accepted = rule.accept(filled, verified, tree)
+    accepted = rule.accept(draft, verified, tree)
     clock.mark()
     commit(tree, verified, accepted, running)
     clock.mark()
     return accepted, clock.read()
-
-
-def draft(base: BaseModel, heads: DraftHeads | None, tree: Tree, running: RunningBatch) -> Draft:
-    """Fill the tree depth by depth: a node's children are the most likely tokens of the head at its depth."""
-    root = running.root[running.decoding]
-    if tree.depth == 0:
-        return Draft(root[:, None])
-    assert heads is not None and running.heads is not None
-    running.catch_up()
-    state = running.heads.first(running.active)
-    tokens = root.new_zeros(len(root), tree.num_nodes)
-    tokens[:, 0] = root
-    for depth, stage in enumerate(tree.expansion):
-        path = tokens.index_select(1, stage.paths.flatten()).view(-1, *stage.paths.shape)  # [B, P, depth + 1]
-        logits = heads.guess(depth, state, path, base)  # [B, P or 1, V]
-        best = heads.name_tokens(logits.topk(stage.width).indices).expand(-1, len(stage.paths), -1)  # [B, P, width]
-        tokens[:, stage.children] = best.flatten(1).index_select(1, stage.picks)
-    return Draft(tokens)
 
 
 def commit(tree: Tree, verified: Verified, accepted: Accepted, running: RunningBatch) -> None:
