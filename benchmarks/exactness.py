@@ -16,7 +16,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
 from common import KINDS, console, load_kinds, report
-from hydraspec.evaluate.bench import decode_with_transformers
+from hydraspec.evaluate.peers import decode_with_transformers
 from hydraspec.evaluate.suites import read_prompts
 from hydraspec.shipped import find_shipped
 
@@ -32,12 +32,11 @@ def main(
 ) -> None:
     llms = load_kinds(model)
     texts = read_prompts(prompts, llms["plain"].codec, count, max_tokens=400)
-    oracle = decode_with_transformers(
-        AutoModelForCausalLM.from_pretrained(find_shipped(model), dtype=torch.float32).eval(), max_new_tokens
-    )
+    untouched = AutoModelForCausalLM.from_pretrained(find_shipped(model), dtype=torch.float32).eval()
+    oracle = decode_with_transformers(untouched, max_new_tokens, llms["plain"].base.eos_token_ids)
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as bar:
-        expected = [oracle(text).token_ids for text in bar.track(texts, description="transformers")]
+        expected = [oracle([text]).token_ids[0] for text in bar.track(texts, description="transformers")]
         for kind in ("plain", *KINDS):
             for tree in TREES if kind != "plain" else ("root",):
                 for batch in (1, 4):

@@ -72,7 +72,15 @@ def test_recurrent_models_are_refused_in_one_line():
 
 def test_models_whose_attention_ignores_the_tree_are_refused():
     with pytest.raises(UnsupportedModel, match="cannot verify trees"):
-        BaseModel(make_model("bloom", n_layer=4, n_head=4))
+        BaseModel(make_model("gpt_neo", attention_types=[[["global", "local"], 2]], window_size=8))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("bloom", {"n_layer": 4, "n_head": 4}), ("mpt", {}), ("falcon", {})])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_come_from_slots_are_refused(kind, options, dtype):
+    options = {"alibi": True, "new_decoder_architecture": False} if kind == "falcon" else options
+    with pytest.raises(UnsupportedModel, match="ALiBi"):
+        BaseModel(make_model(kind, **options).to(dtype))
 
 
 def test_broken_model_folders_are_refused(tmp_path):

@@ -75,6 +75,15 @@ def test_help_and_version(call):
         (["generate", "tiny-assistant", "word " * 2000], "context holds 1024"),
         (["generate", "tiny-assistant", "Hello", "--max-new-tokens", "1024"], "do not fit"),
         (["info", "no/such/folder"], "no model"),
+        (["bench", "no/such/folder"], "no model"),
+        (["bench", "tiny-assistant", "--peers", "plain,vllm"], "no peer is called 'vllm'"),
+        (["bench", "tiny-assistant", "--peers", "assisted"], "name one with --assistant"),
+        (["bench", "tiny-assistant", "--peers", "assisted", "--assistant", "no/such/model"], "no model"),
+        (["bench", "tiny-assistant", "--batch", "1,none"], "--batch reads sizes"),
+        (["bench", "tiny-assistant", "--batch", "16"], "a batch of 16 needs as many prompts, but there are 12"),
+        (["bench", "tiny-assistant", "--tree", "small-8"], "name them with --heads"),
+        (["bench", "tiny-assistant", "--prompts", "none.jsonl"], "does not exist"),
+        (["bench", "tiny-assistant", "--max-new-tokens", "1024"], "leave no room for a prompt"),
         (
             ["train", "--base", "tiny-assistant", "--heads", "griffin", "--data", "x", "--out", "y"],
             "no heads are called",
@@ -172,6 +181,27 @@ def test_the_demo_writes_its_table(call, tmp_path):
     assert all({"tokens_per_second", "acceptance_length"} <= row.keys() for row in rows)
     assert rows[3]["acceptance_length"] > rows[1]["acceptance_length"] > 1.0
     assert "Hydra++" in out
+
+
+def test_bench_compares_methods_at_several_batch_sizes(call, tmp_path):
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "bench.json"
+    prompts.write_text('{"turns": ["A large latte, please.", "Thanks."]}\n"Book a table for two."\n')
+    words = ["bench", "tiny-assistant", "--heads", "hydra", "--tree", "small-8", "--tree", "chain-2"]
+    words += ["--prompts", prompts, "--peers", "plain,hf,lookup", "--batch", "1,2", "--max-new-tokens", 8]
+    code, out, _ = call(*words, "--rounds", 1, "--json", file)
+    assert code == 0
+    assert "5 methods in turn, batches of 1, 2, 1 round: 23 runs" in out
+    assert "prompt lookup decodes at most 1 at once" in out
+    content = json.loads(file.read_text())
+    assert content["dtype"] == "float32"
+    assert content["machine"]["threads"] == 1
+    names = ["plain (our loop)", "transformers", "prompt lookup", "hydra, small-8", "hydra, chain-2"]
+    assert [(row["name"], row["batch"]) for row in content["rows"]] == [(name, n) for n in (1, 2) for name in names]
+    assert [row["name"] for row in content["rows"] if "skipped" in row] == ["prompt lookup"]
+    rows = [row for row in content["rows"] if "skipped" not in row]
+    assert all(row["identical"] and row["prompts"] == 2 for row in rows)
+    assert rows[3]["acceptance_length"] > rows[0]["acceptance_length"] == 1.0
+    assert sum(rows[3]["stage_shares"].values()) == pytest.approx(1.0)
 
 
 def test_chat_talks_and_starts_over(call, monkeypatch):

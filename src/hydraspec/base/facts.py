@@ -28,15 +28,26 @@ def parse_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def refuse_recurrent(kind: type, config: Any, name: str) -> None:
-    """Raise `UnsupportedModel` for a model class that keeps state which cannot be branched or taken back."""
-    layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+def refuse_unfit(kind: type, config: Any, name: str) -> None:
+    """Refuse what no tree of guesses can be verified with.
+
+    Raises:
+        UnsupportedModel: the model keeps state that cannot be branched or taken back, or its positions come from slots.
+    """
+    text = config.get_text_config(decoder=True)
+    layer_types = set(getattr(text, "layer_types", None) or ())
     recurrent = layer_types - {"full_attention", "sliding_attention", "chunked_attention", "dummy", "moe", "mlp"}
     if getattr(kind, "_is_stateful", False) or recurrent:
         why = f"layers of type {', '.join(sorted(recurrent))}" if recurrent else "recurrent state"
         raise UnsupportedModel(
             f"{name or kind.__name__} ({config.model_type}) has {why}, which a tree of guesses cannot share; "
             "use a model with attention layers only"
+        )
+    attention = getattr(text, "attn_config", None)
+    if text.model_type == "bloom" or getattr(text, "alibi", False) or getattr(attention, "alibi", False):
+        raise UnsupportedModel(
+            f"{name or kind.__name__} ({config.model_type}) has ALiBi positions, which it takes from slots of the "
+            "cache and not from the tree; use a model with rotary or learned positions"
         )
 
 

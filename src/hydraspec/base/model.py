@@ -21,9 +21,10 @@ from hydraspec.base.facts import (
     first_line,
     parse_device,
     probe_cache_shapes,
-    refuse_recurrent,
+    refuse_unfit,
     store_columns_first,
 )
+from hydraspec.base.fused import fuse
 from hydraspec.base.generation import GenerationDefaults
 from hydraspec.errors import CheckpointError, HydraspecError, UnsupportedModel
 from hydraspec.hub import fetch
@@ -47,13 +48,14 @@ class BaseModel:
         max_length: tokens of context that it was made for, or None where it does not say.
         eos_token_ids: the tokens that end a text.
         generation_defaults: what its generation config asks of every text.
+        fused: the fast path of models of Llama's shape on a CPU; None: the model class itself is run.
 
     Raises:
         UnsupportedModel: it keeps recurrent state, or its attention cannot follow a tree.
     """
 
     def __init__(self, model: PreTrainedModel, name: str = "", self_check: bool = True) -> None:
-        refuse_recurrent(type(model), model.config, name)
+        refuse_unfit(type(model), model.config, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name or str(model.config._name_or_path)
         self.config = model.config.get_text_config(decoder=True)
@@ -75,6 +77,8 @@ class BaseModel:
             self.config, lambda cache: self.model(input_ids=ids, past_key_values=cache, use_cache=True), self.name
         )
         self.generation_defaults = GenerationDefaults(model, self.name)
+        # On a GPU static shapes do more, and there the model class can be recorded as it is.
+        self.fused = fuse(model) if self.device.type == "cpu" else None
         if self_check:
             self.check_tree_attention()
 
@@ -109,7 +113,7 @@ class BaseModel:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if kind is None:
             raise UnsupportedModel(f"{name} is of type {config.model_type}, which is no causal language model")
-        refuse_recurrent(kind, config, name)
+        refuse_unfit(kind, config, name)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True
@@ -125,9 +129,10 @@ class BaseModel:
             model = model.to(device)
         except torch.OutOfMemoryError as error:
             raise HydraspecError(f"{name} does not fit the memory of {device}: {first_line(error)}") from error
-        if device.type == "cpu" and model.dtype == torch.float32:
+        base = cls(model, name, self_check)
+        if base.fused is None and device.type == "cpu" and model.dtype == torch.float32:
             store_columns_first(model)
-        return cls(model, name, self_check)
+        return base
 
     # -- what heads and stages need -----------------------------------------------------------------------------
 
@@ -188,6 +193,10 @@ class BaseModel:
         layout = cache.layout
         assert layout is not None
         positions = layout.positions_within(self.max_length)
+        if self.fused is not None:
+            hidden = self.fused.forward(self.embed(ids), layout, positions, cache)
+            asked = hidden if last is None else hidden[torch.arange(len(last), device=self.device), last][:, None]
+            return Verified(logits=self.fused.project(asked), hidden=hidden)
         with attend_with(self.config, layout, self._explicit_masks), _Tap(self.output_layer, last) as tap:
             out = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         return Verified(logits=out.logits, hidden=tap.hidden)

@@ -36,7 +36,7 @@ def show_demo(console: Console, tree: str | None, max_new_tokens: int, rounds: i
     from rich.progress import Progress
 
     from hydraspec.cli.loading import load_quietly
-    from hydraspec.evaluate.bench import compare, decode_with, describe_machine
+    from hydraspec.evaluate.bench import Method, compare, count_runs, decode_with, describe_machine, make_batches
     from hydraspec.evaluate.suites import DEMO_PROMPTS
     from hydraspec.files import write_json
     from hydraspec.heads.checkpoint import load_heads
@@ -47,14 +47,16 @@ def show_demo(console: Console, tree: str | None, max_new_tokens: int, rounds: i
     machine = describe_machine()
     console.print(f"{DEMO_MODEL}, float32, {machine['threads']} threads on {machine['cpu']}; tree {best.tree.name}\n")
     stream_in_colours(best, DEMO_PROMPTS[0], max_new_tokens, console)
-    methods = {"plain": decode_with(LLM(best.base, best.codec, None, PLAIN), max_new_tokens)}
+    methods = [Method("plain", decode_with(LLM(best.base, best.codec, None, PLAIN), max_new_tokens))]
     for kind, label in LABELS.items():
         heads = load_heads(find_shipped_heads(kind, DEMO_MODEL), best.base)
-        methods[label] = decode_with(LLM(best.base, best.codec, heads, best.tree), max_new_tokens)
+        llm = LLM(best.base, best.codec, heads, best.tree)
+        methods.append(Method(label, decode_with(llm, max_new_tokens)))
     prompts = [best.codec.encode(prompt) for prompt in DEMO_PROMPTS]
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"{len(prompts)} prompts, methods in turn", total=len(prompts) * len(methods) * rounds)
-        rows = compare(methods, prompts, rounds, lambda: bar.advance(task))
+        runs = count_runs(methods, prompts, [1], rounds)
+        task = bar.add_task(f"{len(prompts)} prompts, methods in turn", total=runs)
+        rows = compare(methods, make_batches(prompts, 1), rounds, lambda: bar.advance(task))
     print_rows(rows, console)
     if json is not None:
         write_json(json, {"machine": machine, "tree": best.tree.name, "rows": [vars(row) for row in rows]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import statistics
 import time
@@ -11,33 +12,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from hydraspec.errors import RequestError
 from hydraspec.heads.checkpoint import library_versions
 from hydraspec.llm import LLM
 from hydraspec.types import Output, Seconds
 
+# Prompts in token ids that are decoded together.
+Batch = Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Run:
-    """One method on one prompt."""
+    """One method on one batch of prompts."""
 
-    token_ids: list[int]
-    seconds: float  # from the prompt to the last token, prefill included
-    steps: int = 0
-    step_tokens: int = 0
-    stages: Seconds = field(default_factory=Seconds)
+    token_ids: list[list[int]]  # new tokens of each prompt, up to and including the first that ends the text
+    seconds: float  # from the prompts to the last token, prefill included
+    passes: int = 0  # forward passes of the base model after the prefill
+    steps: int = 0  # the same, counted once for each sequence that took part
+    step_tokens: int = 0  # tokens emitted by those steps
+    stages: Seconds = field(default_factory=Seconds)  # where the passes' time went, where the method says
 
 
-# Takes the prompt's token ids.
-Method = Callable[[Sequence[int]], Run]
+@dataclass(frozen=True)
+class Method:
+    """A way to decode a batch."""
+
+    name: str
+    decode: Callable[[Batch], Run]
+    largest_batch: int | None = None  # more prompts at once it refuses
+
+    def takes(self, size: int) -> bool:
+        """Whether it decodes batches of `size` prompts."""
+        return self.largest_batch is None or size <= self.largest_batch
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method over all prompts; speed-up and identity are against the first method of the comparison."""
+    """A method over all batches of one size; speed-up and identity are against the first method of the comparison."""
 
     name: str
+    batch: int
     tokens_per_second: float
     acceptance_length: float
     speedup: float
@@ -45,100 +60,165 @@ class Row:
     identical_prompts: int
     prompts: int
     tokens: int
-    step_milliseconds: float
+    step_milliseconds: float | None  # None: the method does not say
     stage_shares: dict[str, float]
+    round_tokens_per_second: list[float]  # the rounds one by one: how far the machine wavered
 
 
-def decode_with(llm: LLM, max_new_tokens: int) -> Method:
-    """Our own loop with the model, heads and tree of `llm`."""
+@dataclass(frozen=True)
+class Skipped:
+    """A method that cannot decode batches of this size."""
 
-    def run(prompt: Sequence[int]) -> Run:
-        output = Output()
-        request = llm.make_request(list(prompt), max_new_tokens)
+    name: str
+    batch: int
+    skipped: str  # why
+
+
+def decode_with(llm: LLM, max_new_tokens: int, largest_batch: int = 1) -> Callable[[Batch], Run]:
+    """Our own loop with the model, heads and tree of `llm`, for batches of at most `largest_batch` prompts."""
+    # Prompts come again in each round; none of them may be found in the cache, where others would read it anew.
+    config = dataclasses.replace(llm.engine_config, share_prefixes=False, max_batch=largest_batch)
+    llm = LLM(llm.base, llm.codec, llm.heads, llm.tree, config)
+
+    def run(prompts: Batch) -> Run:
+        outputs = [Output() for _ in prompts]
         start = time.perf_counter()
-        spent = [record.seconds for record in llm.run([request], [output])]
+        requests = [llm.make_request(list(prompt), max_new_tokens) for prompt in prompts]
+        records = [record for record in llm.run(requests, outputs) if record.nodes]
         seconds = time.perf_counter() - start
-        stages = Seconds(*(sum(getattr(s, name) for s in spent) for name in ("draft", "verify", "accept", "commit")))
-        return Run(output.token_ids, seconds, output.steps, output.step_tokens, stages)
-
-    return run
-
-
-def decode_with_transformers(model: PreTrainedModel, max_new_tokens: int) -> Method:
-    """Greedy `generate` of transformers with its default cache."""
-
-    def run(prompt: Sequence[int]) -> Run:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        start = time.perf_counter()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
+        return Run(
+            token_ids=[output.token_ids for output in outputs],
+            seconds=seconds,
+            passes=len(records),
+            steps=sum(output.steps for output in outputs),
+            step_tokens=sum(output.step_tokens for output in outputs),
+            stages=_add(record.seconds for record in records),
         )
-        new = out[0, ids.shape[1] :].tolist()
-        return Run(new, time.perf_counter() - start, len(new) - 1, len(new) - 1)
 
     return run
+
+
+def make_batches(prompts: Batch, size: int) -> list[Batch]:
+    """Prompts in order, `size` at a time; what is left over at the end is left out.
+
+    Raises:
+        RequestError: there are fewer than `size`.
+    """
+    if len(prompts) < size:
+        raise RequestError(f"a batch of {size} needs as many prompts, but there are {len(prompts)}")
+    return [prompts[start : start + size] for start in range(0, len(prompts) - size + 1, size)]
+
+
+def compare_sizes(
+    methods: Sequence[Method],
+    prompts: Batch,
+    sizes: Sequence[int],
+    rounds: int = 1,
+    watch: Callable[[], None] = lambda: None,
+) -> list[Row | Skipped]:
+    """`compare` at several batch sizes, each against the first method at the same size; methods in order within each.
+
+    Raises:
+        RequestError: there are fewer prompts than a size asks for.
+    """
+    batches = {size: make_batches(prompts, size) for size in sizes}
+    table: list[Row | Skipped] = []
+    for size in sizes:
+        rows = iter(compare([method for method in methods if method.takes(size)], batches[size], rounds, watch))
+        for method in methods:
+            skipped = Skipped(method.name, size, f"decodes at most {method.largest_batch} at once")
+            table.append(next(rows) if method.takes(size) else skipped)
+    return table
+
+
+def count_runs(methods: Sequence[Method], prompts: Batch, sizes: Sequence[int], rounds: int) -> int:
+    """How often `compare_sizes` will call its `watch`: once for each batch, round and method, and for each warm-up."""
+    total = 0
+    for size in sizes:
+        batches = make_batches(prompts, size)
+        once = len(batches) * rounds + len(_find_warm_ups(batches))
+        total += once * sum(method.takes(size) for method in methods)
+    return total
+
+
+def _find_warm_ups(batches: Sequence[Batch]) -> list[Batch]:
+    """A batch for each doubling of the longest prompt's length: forwards of fixed shapes are made at such steps."""
+    return list({max(map(len, batch)).bit_length(): batch for batch in batches}.values())
 
 
 def compare(
-    methods: dict[str, Method],
-    prompts: Sequence[Sequence[int]],
+    methods: Sequence[Method],
+    batches: Sequence[Batch],
     rounds: int = 1,
     watch: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Run all methods on all prompts, in turn on each prompt, the first method being the reference.
+    """Run all methods on all batches, in turn on each batch, the first method being the reference.
 
-    Each method is warmed up on the first prompt. Of several rounds the median counts, prompt by prompt.
+    Each method is warmed up, untimed, on a batch of each length. Of several rounds the median counts, batch by batch.
 
     Args:
-        methods: by name; the first is what the others are compared with.
-        prompts: token ids.
-        rounds: how often each prompt is timed with each method.
-        watch: called after each run, for a progress bar.
+        methods: the first is what the others are compared with.
+        batches: of one size.
+        rounds: how often each batch is timed with each method.
+        watch: called after each run, warm-ups included, for a progress bar.
     """
-    for method in methods.values():
-        method(prompts[0])
-    runs: dict[str, list[list[Run]]] = {name: [] for name in methods}
-    for prompt in prompts:
-        for name in methods:
-            runs[name].append([])
+    for method in methods:
+        for batch in _find_warm_ups(batches):
+            method.decode(batch)
+            watch()
+    runs: list[list[list[Run]]] = [[[] for _ in batches] for _ in methods]
+    for place, batch in enumerate(batches):
         for turn in range(rounds):
-            for name in _rotate(list(methods), turn):
-                runs[name][-1].append(methods[name](prompt))
+            for number in _rotate(len(methods), turn):
+                runs[number][place].append(methods[number].decode(batch))
                 watch()
-    reference = next(iter(methods))
-    return [_summarise(name, runs[name], runs[reference]) for name in methods]
+    return [summarise(method.name, runs[number], runs[0]) for number, method in enumerate(methods)]
 
 
-def _rotate(names: list[str], turn: int) -> Iterator[str]:
-    yield from names[turn % len(names) :]
-    yield from names[: turn % len(names)]
+def _rotate(count: int, turn: int) -> list[int]:
+    """The numbers below `count`, beginning with another one at each turn."""
+    return [(turn + place) % count for place in range(count)]
 
 
-def _summarise(name: str, runs: list[list[Run]], reference: list[list[Run]]) -> Row:
-    seconds = sum(statistics.median(run.seconds for run in rounds) for rounds in runs)
-    theirs = sum(statistics.median(run.seconds for run in rounds) for rounds in reference)
-    firsts = [rounds[0] for rounds in runs]
-    tokens = sum(len(run.token_ids) for run in firsts)
-    their_tokens = sum(len(rounds[0].token_ids) for rounds in reference)
-    steps = sum(run.steps for run in firsts)
-    same = sum(run.token_ids == other[0].token_ids for run, other in zip(firsts, reference, strict=True))
-    total = Seconds(*(sum(getattr(r.stages, stage) for r in firsts) for stage in asdict(Seconds())))
+def summarise(name: str, runs: Sequence[Sequence[Run]], reference: Sequence[Sequence[Run]]) -> Row:
+    """The row of a method from its runs, by batch and round, and those of the method that it is compared with.
+
+    Time is the median over the rounds, batch by batch; stages are shared out over all rounds; tokens are the first's.
+    """
+    outputs = [tokens for rounds in runs for tokens in rounds[0].token_ids]
+    expected = [tokens for rounds in reference for tokens in rounds[0].token_ids]
+    everything = [run for rounds in runs for run in rounds]
+    steps, passes = sum(run.steps for run in everything), sum(run.passes for run in everything)
+    stages = _add(run.stages for run in everything)
+    speed, its_speed = _measure_speed(runs), _measure_speed(reference)
+    same = sum(ours == theirs for ours, theirs in zip(outputs, expected, strict=True))
     return Row(
         name=name,
-        tokens_per_second=tokens / seconds,
-        acceptance_length=sum(run.step_tokens for run in firsts) / steps if steps else 1.0,
-        speedup=(tokens / seconds) / (their_tokens / theirs),
-        identical=same == len(runs),
+        batch=len(runs[0][0].token_ids),
+        tokens_per_second=speed,
+        acceptance_length=sum(run.step_tokens for run in everything) / steps if steps else 1.0,
+        speedup=speed / its_speed,
+        identical=same == len(outputs),
         identical_prompts=same,
-        prompts=len(runs),
-        tokens=tokens,
-        step_milliseconds=1e3 * total.total / steps if steps else 0.0,
-        stage_shares={k: v / total.total for k, v in asdict(total).items()} if total.total else {},
+        prompts=len(outputs),
+        tokens=sum(map(len, outputs)),
+        step_milliseconds=1e3 * stages.total / passes if stages.total else None,
+        stage_shares={k: v / stages.total for k, v in asdict(stages).items()} if stages.total else {},
+        round_tokens_per_second=[_measure_speed([[run] for run in turn]) for turn in zip(*runs, strict=True)],
     )
+
+
+def _measure_speed(runs: Sequence[Sequence[Run]]) -> float:
+    """Tokens a second, of the median time that each batch took."""
+    seconds = sum(statistics.median(run.seconds for run in rounds) for rounds in runs)
+    return sum(len(tokens) for rounds in runs for tokens in rounds[0].token_ids) / seconds
+
+
+def _add(parts: Iterator[Seconds]) -> Seconds:
+    total = [0.0] * len(dataclasses.fields(Seconds))
+    for part in parts:
+        total = [a + b for a, b in zip(total, asdict(part).values(), strict=True)]
+    return Seconds(*total)
 
 
 def describe_machine() -> dict[str, Any]:

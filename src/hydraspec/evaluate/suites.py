@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hydraspec.errors import DataError
 from hydraspec.text import TextCodec
@@ -25,23 +31,94 @@ DEMO_PROMPTS = (
 )
 
 
-def read_prompts(file: Path, codec: TextCodec, count: int, max_tokens: int) -> list[list[int]]:
-    """Prompts from held-out conversations: each up to a turn of the user's, with the answer to follow.
+def find_prompts(
+    file: Path | None, codec: TextCodec, count: int | None, most: int, max_tokens: int | None
+) -> list[list[int]]:
+    """The first `count` prompts of a file, or of `DEMO_PROMPTS` where there is none.
 
-    The first prompt ends with the first user turn of its conversation, the next with the second of its own, and so on
-    in a cycle of four, so that short and long histories both occur. Prompts over `max_tokens` tokens are left out.
+    Args:
+        file: see `iterate_prompts`.
+        codec: for the prompts.
+        count: None: as many as there are, of a file at most `most`.
+        most: see `count`.
+        max_tokens: longer prompts are left out.
 
     Raises:
-        DataError: the file cannot be read, or holds too few.
+        DataError: the file cannot be read, or there are too few prompts.
     """
-    prompts: list[list[int]] = []
-    for _, messages in read_conversations(file):
-        turns = [i for i, message in enumerate(messages) if message["role"] == "user" and i + 1 < len(messages)]
-        if not turns:
-            continue
-        ids = codec.encode(messages[: turns[min(len(prompts) % 4, len(turns) - 1)] + 1])
-        if len(ids) <= max_tokens:
-            prompts.append(ids)
-        if len(prompts) == count:
-            return prompts
-    raise DataError(f"{file} gives only {len(prompts)} prompts of at most {max_tokens} tokens, {count} are wanted")
+    if file is None:
+        found = [codec.encode(prompt) for prompt in DEMO_PROMPTS][:count]
+    else:
+        found = list(islice(iterate_prompts(file, codec, max_tokens), count or most))
+    if len(found) < (count or 1):
+        limit = f" of at most {max_tokens} tokens" if file is not None and max_tokens is not None else ""
+        raise DataError(f"{file or 'the demo'} gives only {len(found)} prompts{limit}, {count or 1} are wanted")
+    return found
+
+
+def read_prompts(file: Path, codec: TextCodec, count: int, max_tokens: int) -> list[list[int]]:
+    """The first `count` prompts of a file; errors as in `find_prompts`."""
+    return find_prompts(file, codec, count, count, max_tokens)
+
+
+def iterate_prompts(file: Path, codec: TextCodec, max_tokens: int | None) -> Iterator[list[int]]:
+    """Prompts in token ids from a JSON-lines file, plain or gzipped; those over `max_tokens` tokens are left out.
+
+    A line is a string, an object with a string under `prompt`, or one with a list of strings under `turns`, as in
+    MT-Bench; of those the first is taken. Or all lines are conversations: the first prompt ends with the first user
+    turn of its conversation, the next with the second of its own, and so on in a cycle of four, so that short and long
+    histories both occur.
+
+    Raises:
+        DataError: the file cannot be read, or a line (named by its number) holds no prompt.
+    """
+    taken = 0
+    if _holds_conversations(file):
+        for _, messages in read_conversations(file):
+            turns = [i for i, message in enumerate(messages) if message["role"] == "user" and i + 1 < len(messages)]
+            if turns:
+                ids = codec.encode(messages[: turns[min(taken % 4, len(turns) - 1)] + 1])
+                if max_tokens is None or len(ids) <= max_tokens:
+                    taken += 1
+                    yield ids
+        return
+    for number, content in _read_objects(file):
+        ids = codec.encode(_find_text(content, f"{file}, line {number}"))
+        if max_tokens is None or len(ids) <= max_tokens:
+            yield ids
+
+
+def _holds_conversations(file: Path) -> bool:
+    """Whether the first line of a file is a conversation."""
+    first = next(_read_objects(file), (0, None))[1]
+    return isinstance(first, dict) and "conversations" in first
+
+
+def _read_objects(file: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and values of a JSON-lines file."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except FileNotFoundError:
+        raise DataError(f"prompt file {file} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error}); mend or remove it") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{file} cannot be read after line {number}: {error}") from None
+
+
+def _find_text(content: Any, where: str) -> str:
+    """The prompt that a line holds."""
+    text = content
+    if isinstance(content, dict):
+        turns = content.get("turns")
+        text = turns[0] if isinstance(turns, list) and turns else content.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f'{where} holds no prompt: give a string, {{"prompt": …}}, {{"turns": […]}} or {{"conversations": […]}}'
+        )
+    return text
