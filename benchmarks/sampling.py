@@ -1,9 +1,9 @@
 """Sampled output with heads against plain sampling: the same seed must give the same tokens.
 
-python benchmarks/sampling.py --prompts EVAL.jsonl.gz [--seeds 1000] [--max-new-tokens 8] [--json FILE]
+python benchmarks/sampling.py --prompts EVAL.jsonl.gz [--seeds 1000] [--heads KIND] [--json FILE]
 
-Every seed is combined with four temperatures and four ways of cutting the distribution. All these requests go through one
-engine, so that each batch mixes them; plain decoding one request at a time is the reference.
+Every seed is combined with four temperatures and four ways of cutting the distribution. All these requests go through
+one engine, so that each batch mixes them; plain decoding one request at a time is the reference.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ TREES = ("chain-4", "small-16")
 def main(
     prompts: Annotated[Path, typer.Option(help="conversations in ShareGPT form")],
     model: str = "tiny-assistant",
+    heads: Annotated[list[str], typer.Option(help="kinds or folders; may be given several times")] = list(KINDS),  # noqa: B006
     seeds: int = 1000,
-    max_new_tokens: int = 8,
+    max_new_tokens: int = 6,
     json: Path | None = None,
 ) -> None:
-    llms = load_kinds(model)
+    llms = load_kinds(model, heads)
     texts = read_prompts(prompts, llms["plain"].codec, 40, max_tokens=200)
     requests = [
         llms["plain"].make_request(
@@ -43,7 +44,7 @@ def main(
         )
         for seed, temperature, cut in product(range(seeds), TEMPERATURES, CUTS)
     ]
-    runs = [("plain", "root", 8), *product(KINDS, TREES, (1, 8))]
+    runs = [("plain", "root", 8), *product(heads, TREES, (1, 8))]
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as bar:
         expected = decode(llms["plain"], "root", 1, requests, bar)

@@ -22,7 +22,7 @@ def folder(tiny_llama, tmp_path):
 def test_what_is_saved_is_loaded(tiny_llama, tmp_path, kind):
     heads = new_heads(tiny_llama, kind, num_layers=2)
     save_heads(heads, tmp_path / kind, Provenance("tiny-llama", tiny_llama.fingerprint()), dtype=torch.float32)
-    loaded = load_heads(str(tmp_path / kind), tiny_llama)
+    loaded = load_heads(str(tmp_path / kind), tiny_llama, dtype=torch.float32)
     assert loaded.config == heads.config
     assert all(
         torch.equal(a, b) for a, b in zip(heads.state_dict().values(), loaded.state_dict().values(), strict=True)

@@ -37,8 +37,8 @@ class FusedLayer:
         self.attention, mlp = layer.self_attn, layer.mlp
         self.window = window  # tokens that a sliding layer looks back, itself included
         self.epsilon: float = layer.input_layernorm.variance_epsilon
-        self.before_attention: Tensor = layer.input_layernorm.weight
-        self.before_mlp: Tensor = layer.post_attention_layernorm.weight
+        self.before_attention: Tensor = layer.input_layernorm.weight.detach()
+        self.before_mlp: Tensor = layer.post_attention_layernorm.weight.detach()
         self.width: int = self.attention.head_dim
         self.query_heads = len(self.attention.q_proj.weight) // self.width
         self.key_heads = len(self.attention.k_proj.weight) // self.width
@@ -56,7 +56,7 @@ class FusedLayer:
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: SlotCache, index: int
     ) -> Tensor:
-        """`[B, T, d]` to `[B, T, d]`, with the rotation's `cos` and `sin` `[B, T, 1, D]`, as layer `index` of `cache`."""
+        """`[B, T, d]` to `[B, T, d]`; `cos` and `sin` `[B, T, 1, D]` are as `_rotate` wants them."""
         batch, length, _ = hidden.shape
         x = F.rms_norm(hidden, hidden.shape[-1:], self.before_attention, self.epsilon)
         states = self.query_key_value(x).view(batch, length, -1, self.width)
@@ -90,7 +90,7 @@ class FusedLlama:
             FusedLayer(layer, window)
             for layer, window in zip(decoder.layers, _find_windows(decoder.config), strict=True)
         ]
-        self.norm: Tensor = decoder.norm.weight
+        self.norm: Tensor = decoder.norm.weight.detach()
         self.epsilon: float = decoder.norm.variance_epsilon
         self.output = None if output is None else PackedLinear.stack([output])
         self.num_bytes = sum(layer.num_bytes for layer in self.layers) + (self.output.num_bytes if self.output else 0)
@@ -139,26 +139,27 @@ class FusedLlama:
         """`[B, T, 2D]`: cosines and sines by the model's own rule, the sines signed as `_rotate` wants them."""
         cos, sin = self._rotary(hidden, positions)
         first, second = sin.chunk(2, dim=-1)
-        return torch.cat([cos, -first, second], dim=-1)
+        return torch.cat([cos, -first, second], dim=-1).to(hidden.dtype)
 
     @torch.no_grad()
     def agrees_with(self, model: Any) -> bool:
-        """Whether this computes what `model` does, seen on a few tokens at the ends of its context."""
-        parameter = self.norm
+        """Whether this computes what `model` does, seen on a few tokens in a row and all over its context."""
+        weight, count = self.norm, 16
         embedding = getattr(model.get_input_embeddings(), "weight", None)
         spread = 1.0 if embedding is None else float(embedding.float().std())
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2, 6, len(parameter), generator=generator).to(parameter) * spread
-        last = max(int(getattr(model.config, "max_position_embeddings", None) or 6), 6) - 6
-        positions = torch.arange(6, device=parameter.device) + torch.tensor([[0], [last]], device=parameter.device)
+        inputs = torch.randn(2, count, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * spread
+        stride = max(int(getattr(model.config, "max_position_embeddings", None) or count) // count, 1)
+        positions = torch.arange(count, device=weight.device) * torch.tensor([[1], [stride]], device=weight.device)
         shapes = [LayerShape(layer.key_heads, layer.width, layer.key_heads, layer.width) for layer in self.layers]
-        cache = SlotCache(shapes, 2, 6, parameter.dtype, parameter.device)
-        found = self._run(inputs, self._find_angles(inputs, positions), cache.layout_chain(6, slice(0, 2)), cache)
-        out = model(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        cache = SlotCache(shapes, 2, count, weight.dtype, weight.device)
+        found = self._run(inputs, self._find_angles(inputs, positions), cache.layout_chain(count, slice(0, 2)), cache)
+        # With a mask given, gaps between positions are not taken for ends of texts.
+        every = torch.ones_like(positions)
+        out = model(inputs_embeds=inputs, attention_mask=every, position_ids=positions, use_cache=False)
         expected = (out.last_hidden_state if self.output is None else out.logits).float()
         error = (found if self.output is None else self.project(found)).float() - expected
-        tolerance = 1e-3 if parameter.dtype == torch.float32 else 0.25
-        return bool(error.abs().max() < tolerance * expected.std())
+        tolerance = 1e-3 if weight.dtype == torch.float32 else 0.1  # rounding is off by 1e-6 and 0.02 deviations
+        return bool(error.square().mean().sqrt() < tolerance * expected.std())
 
 
 def fuse(model: Any, limit: int = BYTES_LIMIT) -> FusedLlama | None:
@@ -176,7 +177,10 @@ def fuse(model: Any, limit: int = BYTES_LIMIT) -> FusedLlama | None:
     if sum(parameter.numel() * parameter.itemsize for parameter in copied) > limit:
         return None
     fused = FusedLlama(decoder, output)
-    return fused if fused.agrees_with(model) else None
+    try:
+        return fused if fused.agrees_with(model) else None
+    except Exception:  # a class of these parts may still ask for other arguments or shapes: it is run as it is
+        return None
 
 
 def _is_plain(decoder: Any) -> bool:

@@ -33,18 +33,17 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """`x W^T + b` for frozen weights, packed where `supports` says so and W is large enough; plain elsewhere.
 
     A packed weight is a copy: the layer that it was made of stays as it is, and later changes to it are not followed.
-    It is no parameter, takes no gradient, and stays where it is when the module is moved.
+    It is no module: it takes no gradient, and stays where it is when the layer is moved.
 
     Attributes:
         num_bytes: memory that the copy takes; 0 where the given weight is used as it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         self._packed: Tensor | None = None
         self._weight, self._bias = weight, bias
@@ -63,7 +62,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def stack(cls, layers: Sequence[nn.Module]) -> PackedLinear:
         """One layer whose output is the outputs of `layers`, of one input, behind each other."""
-        weights = [layer.get_parameter("weight") for layer in layers]
+        weights: list[Tensor] = [layer.get_parameter("weight") for layer in layers]
         biases = [getattr(layer, "bias", None) for layer in layers]
         if len(layers) == 1:
             return cls(weights[0], biases[0])
@@ -72,7 +71,7 @@ class PackedLinear(nn.Module):
         stacked.num_bytes = sum(weight.numel() * weight.itemsize for weight in weights)
         return stacked
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[..., in]` to `[..., out]`; a `residual` of the output's shape is added within the product."""
         if self._packed is None:
             out = F.linear(x, self._weight, self._bias)

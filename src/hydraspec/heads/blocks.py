@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hydraspec.base.cache import send
+from hydraspec.base.packed import PackedLinear
 from hydraspec.config import HeadsConfig
 
 
@@ -43,20 +44,44 @@ class HeadBlocks(nn.Module):
         self.rest = nn.ModuleList(ResBlock(config.hidden_size, config.hidden_size) for _ in range(own))
         self.times = config.num_layers - 1 if config.shared_blocks else 1
         self.dropout = config.dropout
+        # The products of frozen blocks, packed for a CPU: of the first block, and of those that follow, in order.
+        self._first: PackedLinear | None = None
+        self._rest: list[PackedLinear] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width_in]` to `[..., d]`."""
-        return self.finish(self.first(self._drop(x)))
+        if self._first is None:
+            return self.finish(self.first(self._drop(x)))
+        if isinstance(self.first.residual, nn.Identity):
+            return self.finish(self._first.silu(x).add_(x))
+        return self.finish(add_gate(self._first(x)))
 
     def finish(self, x: Tensor) -> Tensor:
         """What follows the first block: `[..., d]` to `[..., d]`."""
+        if self._rest is not None:
+            for product in self._rest:
+                x = product.silu(x).add_(x)
+            return x
         for _ in range(self.times):
             for block in self.rest:
                 x = block(self._drop(x))
         return self._drop(x)
 
+    def pack(self, first: bool) -> None:
+        """Pack the products of frozen blocks for a CPU, with or without the first block's."""
+        self._rest = [PackedLinear.stack([block.get_submodule("linear")]) for block in self.rest] * self.times
+        if first:
+            residual, linear = self.first.residual, self.first.linear
+            self._first = PackedLinear.stack([linear] if isinstance(residual, nn.Identity) else [residual, linear])
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def add_gate(products: Tensor) -> Tensor:
+    """`R(x) + SiLU(W x + b)` `[..., d]` from both products `[..., 2d]`."""
+    residual, gate = products.chunk(2, dim=-1)
+    return F.silu(gate).add_(residual)
 
 
 def gather_last(hidden: Tensor, counts: Sequence[int]) -> Tensor:

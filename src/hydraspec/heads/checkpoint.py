@@ -20,7 +20,7 @@ from hydraspec.config import HeadsConfig
 from hydraspec.errors import CheckpointError, HydraspecError
 from hydraspec.files import write_json, write_whole
 from hydraspec.heads import build_heads
-from hydraspec.heads.protocol import DraftHeads
+from hydraspec.heads.protocol import DraftHeads, choose_draft_dtype
 from hydraspec.hub import fetch
 
 FORMAT = 1
@@ -81,13 +81,16 @@ def read_config(folder: Path) -> tuple[HeadsConfig, Provenance]:
         raise CheckpointError(f"{file} is not the config of draft heads") from None
 
 
-def load_heads(name: str, base: BaseModel, allow_other_base: bool = False) -> DraftHeads:
-    """Load heads for `base`, on its device and in its dtype, ready to decode.
+def load_heads(
+    name: str, base: BaseModel, allow_other_base: bool = False, dtype: torch.dtype | None = None
+) -> DraftHeads:
+    """Load heads for `base`, on its device, ready to decode.
 
     Args:
         name: a folder or a hub id.
         base: the model that they shall draft for.
         allow_other_base: use heads that were trained on another model of the same shape, such as a fine-tuned one.
+        dtype: of their weights; None: what `choose_draft_dtype` says.
 
     Raises:
         CheckpointError: they are missing, damaged, or do not fit the base model.
@@ -124,4 +127,4 @@ def load_heads(name: str, base: BaseModel, allow_other_base: bool = False) -> Dr
                 f"{file}: {key} has shape {list(tensors[key].shape)}, its config asks for {list(expected[key].shape)}"
             )
     heads.load_state_dict(tensors)
-    return heads.prepare(base)
+    return heads.prepare(base, dtype or choose_draft_dtype(base))

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from hydraspec.base.attention import attend_with
 from hydraspec.base.cache import LayerShape, SlotCache, count_bytes
 from hydraspec.base.facts import find_context, probe_cache_shapes
+from hydraspec.base.fused import FusedLlama, fuse
 from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
 from hydraspec.errors import UnsupportedModel
 from hydraspec.heads.blocks import gather_last
 from hydraspec.heads.hydra import HydraHeads
-from hydraspec.heads.llama_layer import FusedLlamaLayer, is_plain_llama
 from hydraspec.heads.protocol import DraftHeads, HeadState
 
 # Left out of the stored config of the layer: what says nothing about it.
@@ -54,7 +54,7 @@ class PrefixLayer(nn.Module):
             raise UnsupportedModel(f"no prefix layer can be made of this config ({reason}); use hydra heads") from error
         self.context = find_context(self.layer_config)
         self.explicit_masks = not type(self.decoder)._can_set_attn_implementation()
-        self.fused: FusedLlamaLayer | None = None  # a fast path of prepared heads
+        self.fused: FusedLlama | None = None  # a fast path of prepared heads
         self._shapes: tuple[LayerShape | None, ...] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class PrefixLayer(nn.Module):
         layout = cache.layout_chain(hidden.shape[1], rows)
         positions = layout.positions_within(self.context)
         if self.fused is not None:
-            out = self.fused.extend(hidden, layout, positions, cache)
+            out = self.fused.forward(hidden, layout, positions, cache)
         else:
             with attend_with(self.layer_config, layout, self.explicit_masks):
                 out = self.decoder(
@@ -100,11 +100,10 @@ class HydraPlusPlusHeads(HydraHeads):
         super().__init__(config)
         self.prefix = PrefixLayer(config)
 
-    def prepare(self, base: BaseModel) -> DraftHeads:
-        """As for all heads; a plain Llama layer gets its fast path."""
-        super().prepare(base)
-        if is_plain_llama(self.prefix.layer_config):
-            self.prefix.fused = FusedLlamaLayer(self.prefix.decoder)
+    def prepare(self, base: BaseModel, dtype: torch.dtype | None = None) -> DraftHeads:
+        """As for all heads; a layer of Llama's shape gets its fast path."""
+        super().prepare(base, dtype)
+        self.prefix.fused = fuse(self.prefix.decoder)
         return self
 
     def new_state(self, batch: int, max_length: int) -> HeadState:
@@ -115,8 +114,7 @@ class HydraPlusPlusHeads(HydraHeads):
 
     def count_bytes(self, max_length: int) -> int:
         """Those of the prefix layer's keys and values."""
-        dtype = next(self.parameters()).dtype
-        return self._count_slots(max_length) * count_bytes(self.prefix.find_shapes(), dtype)
+        return self._count_slots(max_length) * count_bytes(self.prefix.find_shapes(), self.dtype)
 
     def _count_slots(self, max_length: int) -> int:
         # An extension is padded to the longest in the batch, so it may write past the last committed slot.
@@ -124,7 +122,8 @@ class HydraPlusPlusHeads(HydraHeads):
 
     def observe(self, state: HeadState, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
         """Read newly committed hidden states `[B, A, d]` into the prefix layer's cache, and the contexts."""
-        state.context[rows] = gather_last(self.prefix.extend(hidden, counts, state.memory, rows), counts)
+        contexts = self.prefix.extend(hidden.to(self.dtype), counts, state.memory, rows)
+        state.context[rows] = gather_last(contexts, counts)
 
     def read_contexts(self, hidden: Tensor) -> Tensor:
         """The prefix layer's output `[B, T, d]`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hydraspec.base.facts import store_columns_first
 from hydraspec.base.model import BaseModel
+from hydraspec.base.packed import BYTES_LIMIT, PackedLinear, supports
 from hydraspec.config import HeadsConfig
 from hydraspec.heads.blocks import HeadBlocks, gather_last
 from hydraspec.heads.tables import TokenTables
@@ -70,7 +71,9 @@ class DraftHeads(nn.Module):
         self.vocabulary = nn.ModuleList(
             [] if config.tied_vocabulary else [nn.Linear(d, config.vocab_size) for _ in range(config.num_heads)]
         )
-        self._tables: TokenTables | None = None  # a fast path of prepared heads
+        # Fast paths of prepared heads.
+        self._tables: TokenTables | None = None
+        self._packed: list[PackedLinear] = []  # the vocabulary layers
         # Which tokens are proposed, where not all are: exact output does not depend on it, the cost of a draft does.
         self.token_ids: Tensor | None
         self.register_buffer(
@@ -82,6 +85,11 @@ class DraftHeads(nn.Module):
         """Tokens that the heads guess ahead: the deepest tree that they can fill."""
         return self.config.num_heads
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     @torch.no_grad()
     def start_from(self, base: BaseModel) -> None:
         """Initialise separate vocabulary layers from the base model's lm_head."""
@@ -92,32 +100,49 @@ class DraftHeads(nn.Module):
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
 
     @torch.no_grad()
-    def prepare(self, base: BaseModel) -> DraftHeads:
-        """Move to the base model's device and dtype, cut the vocabulary layers, and freeze: for decoding only."""
+    def prepare(self, base: BaseModel, dtype: torch.dtype | None = None) -> DraftHeads:
+        """Make the heads ready for decoding, and for that only: device, dtype, cut vocabulary layers, no gradients.
+
+        Args:
+            base: the model that they draft for.
+            dtype: of their weights; it may be smaller than the base model's, see `choose_draft_dtype`. None: the same.
+        """
         self.to(device=base.device).eval()
         for parameter in self.parameters():  # not the buffers: rotary frequencies lose their meaning in bfloat16
-            parameter.data = parameter.data.to(base.dtype)
+            parameter.data = parameter.data.to(dtype or base.dtype)
         if self.token_ids is not None:
             layers = self.vocabulary or [base.output_layer]
-            cut = [_cut_rows(layer, self.token_ids) for layer in layers]
+            cut = [_cut_rows(layer, self.token_ids).to(dtype or base.dtype) for layer in layers]
             self.vocabulary = nn.ModuleList(cut * (self.num_heads // len(cut)))
-        if base.device.type == "cpu" and base.dtype == torch.float32:
-            store_columns_first(self)
         self.requires_grad_(False)
-        if self.grounded and TokenTables.fit(base, self.num_heads):
+        if self.grounded and TokenTables.fit(base, self.num_heads, self.dtype):
             self._tables = TokenTables([block for block in self.blocks if isinstance(block, HeadBlocks)], base)
+        if base.device.type == "cpu":
+            self._pack()
         return self
+
+    def _pack(self) -> None:
+        """Lay out the weights for products of few rows on a CPU; large heads would need too much memory twice."""
+        if self.dtype == torch.float32:
+            store_columns_first(self)
+        if sum(parameter.numel() * parameter.itemsize for parameter in self.parameters()) > BYTES_LIMIT:
+            return
+        for block in self.blocks:
+            assert isinstance(block, HeadBlocks)
+            block.pack(first=self._tables is None)
+        packed = {layer: PackedLinear.stack([layer]) for layer in self.vocabulary}  # heads may share one
+        self._packed = [packed[layer] for layer in self.vocabulary]
 
     def name_tokens(self, proposals: Tensor) -> Tensor:
         """Token ids of the entries of `guess`'s last dimension."""
-        return proposals if self.token_ids is None else self.token_ids[proposals]
+        return proposals if self.token_ids is None else self.token_ids.take(proposals)
 
     # -- decoding ----------------------------------------------------------------------------------------------
 
     def new_state(self, batch: int, max_length: int) -> HeadState:
         """An empty state for `batch` sequences of at most `max_length` tokens. The heads must be prepared."""
-        parameter = next(self.parameters())
-        return HeadState(torch.zeros(batch, self.config.hidden_size, dtype=parameter.dtype, device=parameter.device))
+        device = next(self.parameters()).device
+        return HeadState(torch.zeros(batch, self.config.hidden_size, dtype=self.dtype, device=device))
 
     def count_bytes(self, max_length: int) -> int:
         """Bytes that the state of one sequence of at most `max_length` tokens takes besides its context."""
@@ -146,17 +171,20 @@ class DraftHeads(nn.Module):
         Returns:
             `[B, P, V]`, or `[B, 1, V]` where the path does not matter; V as `name_tokens` reads it.
         """
+
+        def project(hidden: Tensor) -> Tensor:
+            return base.project(hidden.to(base.dtype))
+
         if self._tables is not None:
             if head == 0:
                 state.read = self._tables.read_context(state.context)
             assert state.read is not None, "heads guess in order, from head 0"
-            block = self.blocks[head]
-            assert isinstance(block, HeadBlocks)
-            return self._name(head, block.finish(self._tables.first_block(head, state.read, path)), base.project)
+            return self._name(head, self._tables.run(head, state.read, path), project)
         context = state.context[:, None]
         if not self.grounded:
-            return self.score(head, context, None, base.project)
-        return self.score(head, context.expand(-1, path.shape[1], -1), base.embed(path), base.project)
+            return self.score(head, context, None, project)
+        embeddings = base.embed(path).to(context.dtype)
+        return self.score(head, context.expand(-1, path.shape[1], -1), embeddings, project)
 
     # -- both --------------------------------------------------------------------------------------------------
 
@@ -168,13 +196,24 @@ class DraftHeads(nn.Module):
         return self._name(head, self.blocks[head](context), project)
 
     def _name(self, head: int, hidden: Tensor, project: Project) -> Tensor:
-        return self.vocabulary[head](hidden) if self.vocabulary else project(hidden)
+        layers = self._packed or self.vocabulary
+        return layers[head](hidden) if layers else project(hidden)
 
     # -- training ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def read_contexts(self, hidden: Tensor) -> Tensor:
         """What stands for h_t at every position: `[B, T, d]` from hidden states `[B, T, d]`."""
+
+
+def choose_draft_dtype(base: BaseModel) -> torch.dtype:
+    """bfloat16 beside a float32 base model where the CPU computes in it, else the base model's dtype.
+
+    Drafts need not be exact: half the bytes and faster products are worth a guess that now and then differs.
+    """
+    if base.dtype == torch.float32 and supports(base.device, torch.bfloat16):
+        return torch.bfloat16
+    return base.dtype
 
 
 def _cut_rows(layer: nn.Module, rows: Tensor) -> nn.Linear:

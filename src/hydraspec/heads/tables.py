@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hydraspec.base.model import BaseModel
-from hydraspec.heads.blocks import HeadBlocks
+from hydraspec.base.packed import PackedLinear
+from hydraspec.heads.blocks import HeadBlocks, add_gate
 
 BYTES_LIMIT = 128 << 20  # tables beyond this cost more memory than they are worth
 
 
 class TokenTables:
-    """Tables of the first blocks of grounded heads, for frozen weights."""
+    """The blocks of grounded heads of frozen weights, with tables for the first block of each."""
 
     def __init__(self, blocks: Sequence[HeadBlocks], base: BaseModel) -> None:
-        d = base.hidden_size
-        embeddings = base.embed(torch.arange(base.vocab_size, device=base.device))
+        d, dtype = base.hidden_size, blocks[0].first.linear.weight.dtype
+        embeddings = base.embed(torch.arange(base.vocab_size, device=base.device)).to(dtype)
         weights, biases = [], []
         self.tables: list[Tensor] = []
         for head, block in enumerate(blocks):
@@ -34,25 +35,25 @@ class TokenTables:
             biases.append(torch.cat([residual.get_parameter("bias"), linear.bias]))
             places = [embeddings @ weight[:, d * place : d * (place + 1)].t() for place in range(1, head + 2)]
             self.tables.append(torch.cat(places))  # [(head + 1) V, 2d]
-        self.context_weight = torch.cat(weights).t().contiguous().t()
-        self.context_bias = torch.cat(biases)
-        self.offsets = torch.arange(len(blocks), device=base.device) * base.vocab_size
+        self.context_product = PackedLinear(torch.cat(weights), torch.cat(biases))
+        self.offsets = [torch.arange(head + 1, device=base.device) * base.vocab_size for head in range(len(blocks))]
+        self.blocks = list(blocks)
 
     @staticmethod
-    def fit(base: BaseModel, num_heads: int) -> bool:
-        """Whether the tables are for this device, and small enough."""
+    def fit(base: BaseModel, num_heads: int, dtype: torch.dtype) -> bool:
+        """Whether the tables are for this device, and small enough in the dtype of the heads."""
         count = num_heads * (num_heads + 1) // 2
-        size = count * base.vocab_size * 2 * base.hidden_size * base.dtype.itemsize
+        size = count * base.vocab_size * 2 * base.hidden_size * dtype.itemsize
         return base.device.type == "cpu" and size <= BYTES_LIMIT
 
     def read_context(self, context: Tensor) -> Tensor:
         """What the context adds: `[B, d]` to `[B, K, 2d]`, biases included."""
-        return F.linear(context, self.context_weight, self.context_bias).view(len(context), len(self.tables), -1)
+        return self.context_product(context).view(len(context), len(self.tables), -1)
 
-    def first_block(self, head: int, read: Tensor, path: Tensor) -> Tensor:
-        """The first block's output `[B, P, d]` from `read_context`'s result and the path's tokens `[B, P, head+1]`."""
+    def run(self, head: int, read: Tensor, path: Tensor) -> Tensor:
+        """A head's blocks: `[B, P, d]` from `read_context`'s result and the path's tokens `[B, P, head + 1]`."""
         batch, nodes, length = path.shape
-        rows = (path + self.offsets[:length]).view(-1, length)
-        added = F.embedding_bag(rows, self.tables[head], mode="sum").view(batch, nodes, -1)
-        residual, gate = (added + read[:, head, None]).chunk(2, dim=-1)
-        return residual + F.silu(gate)
+        rows = (path + self.offsets[head]).flatten()
+        starts = torch.arange(0, len(rows), length, device=rows.device)
+        added = torch.embedding_bag(self.tables[head], rows, starts)[0].view(batch, nodes, -1)  # sums, as given
+        return self.blocks[head].finish(add_gate(added.add_(read[:, head, None])))
