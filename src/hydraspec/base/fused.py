@@ -27,6 +27,23 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _CHANGING = ("dynamic", "longrope")
 
 
+class FusedNorm:
+    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension, in half of PyTorch's operations on a CPU."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        self.weight, self.epsilon = weight.detach(), epsilon
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._epsilon = torch.full((1,), epsilon, dtype=self._dtype, device=weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., d]` to `[..., d]`; the weight may be of more dimensions, `[H, d]`."""
+        if x.device.type != "cpu":
+            return F.rms_norm(x, x.shape[-1:], None, self.epsilon) * self.weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self._dtype)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return (x * scale).mul_(self.weight).to(x.dtype)
+
+
 class FusedLayer:
     """One decoder layer: query, key and value products in one, gate and up too, residual sums within products.
 
@@ -36,17 +53,18 @@ class FusedLayer:
     def __init__(self, layer: Any, window: int | None) -> None:
         self.attention, mlp = layer.self_attn, layer.mlp
         self.window = window  # tokens that a sliding layer looks back, itself included
-        self.epsilon: float = layer.input_layernorm.variance_epsilon
-        self.before_attention: Tensor = layer.input_layernorm.weight.detach()
-        self.before_mlp: Tensor = layer.post_attention_layernorm.weight.detach()
+        epsilon: float = layer.input_layernorm.variance_epsilon
+        self.before_attention = FusedNorm(layer.input_layernorm.weight, epsilon)
+        self.before_mlp = FusedNorm(layer.post_attention_layernorm.weight, epsilon)
         self.width: int = self.attention.head_dim
         self.query_heads = len(self.attention.q_proj.weight) // self.width
         self.key_heads = len(self.attention.k_proj.weight) // self.width
         self.turned = self.query_heads + self.key_heads  # heads that positions turn
-        self.head_norms: Tensor | None = None  # [H + H', D]
+        self.head_norm: FusedNorm | None = None
         if hasattr(self.attention, "q_norm"):
-            norms = [self.attention.q_norm.weight.detach()] * self.query_heads
-            self.head_norms = torch.stack([*norms, *[self.attention.k_norm.weight.detach()] * self.key_heads])
+            weights = [self.attention.q_norm.weight.expand(self.query_heads, -1)]
+            weights += [self.attention.k_norm.weight.expand(self.key_heads, -1)]
+            self.head_norm = FusedNorm(torch.cat(weights), epsilon)
         self.query_key_value = PackedLinear.stack([getattr(self.attention, f"{name}_proj") for name in "qkv"])
         self.mix = PackedLinear.stack([self.attention.o_proj])
         self.gate_up = PackedLinear.stack([mlp.gate_proj, mlp.up_proj])
@@ -58,20 +76,18 @@ class FusedLayer:
     ) -> Tensor:
         """`[B, T, d]` to `[B, T, d]`; `cos` and `sin` `[B, T, 1, D]` are as `_rotate` wants them."""
         batch, length, _ = hidden.shape
-        x = F.rms_norm(hidden, hidden.shape[-1:], self.before_attention, self.epsilon)
-        states = self.query_key_value(x).view(batch, length, -1, self.width)
+        states = self.query_key_value(self.before_attention(hidden)).view(batch, length, -1, self.width)
         # Queries and keys turn by the same angles, so they turn together.
         turned = states[:, :, : self.turned]
-        if self.head_norms is not None:
-            turned = F.rms_norm(turned, (self.width,), None, self.epsilon) * self.head_norms
+        if self.head_norm is not None:
+            turned = self.head_norm(turned)
         turned = _rotate(turned, cos, sin).transpose(1, 2)
         value = states[:, :, self.turned :].transpose(1, 2)
         key, value = cache.update(turned[:, self.query_heads :], value, index)
         query = turned[:, : self.query_heads]
         mixed, _ = attend(self.attention, query, key, value, mask, self.attention.scaling)
         hidden = self.mix(mixed.flatten(2), hidden)
-        x = F.rms_norm(hidden, hidden.shape[-1:], self.before_mlp, self.epsilon)
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up, hidden)
 
 
@@ -90,12 +106,11 @@ class FusedLlama:
             FusedLayer(layer, window)
             for layer, window in zip(decoder.layers, _find_windows(decoder.config), strict=True)
         ]
-        self.norm: Tensor = decoder.norm.weight.detach()
-        self.epsilon: float = decoder.norm.variance_epsilon
+        self.norm = FusedNorm(decoder.norm.weight, decoder.norm.variance_epsilon)
         self.output = None if output is None else PackedLinear.stack([output])
         self.num_bytes = sum(layer.num_bytes for layer in self.layers) + (self.output.num_bytes if self.output else 0)
         self._rotary = decoder.rotary_emb
-        self._angles = self.norm.new_empty(0, 0)  # [positions, 2D]
+        self._angles = self.norm.weight.new_empty(0, 0)  # [positions, 2D]
 
     def forward(self, hidden: Tensor, layout: StepLayout, positions: Tensor, cache: SlotCache) -> Tensor:
         """Run the layers over embeddings, writing to `cache` and attending over it as `layout` says.
@@ -133,7 +148,7 @@ class FusedLlama:
                     batch, length, layout.view, rule, layout=layout, dtype=hidden.dtype, device=hidden.device
                 )
             hidden = layer.forward(hidden, cos, sin, masks[window], cache, index)
-        return F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.epsilon)
+        return self.norm(hidden)
 
     def _find_angles(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """`[B, T, 2D]`: cosines and sines by the model's own rule, the sines signed as `_rotate` wants them."""
@@ -144,7 +159,7 @@ class FusedLlama:
     @torch.no_grad()
     def agrees_with(self, model: Any) -> bool:
         """Whether this computes what `model` does, seen on a few tokens in a row and all over its context."""
-        weight, count = self.norm, 16
+        weight, count = self.norm.weight, 16
         embedding = getattr(model.get_input_embeddings(), "weight", None)
         spread = 1.0 if embedding is None else float(embedding.float().std())
         inputs = torch.randn(2, count, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * spread

@@ -28,8 +28,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:  # oneDNN also emulates it, on processors where float32 is faster
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     return dtype == torch.float32
 
 

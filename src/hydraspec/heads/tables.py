@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hydraspec.base.model import BaseModel
 from hydraspec.base.packed import PackedLinear
