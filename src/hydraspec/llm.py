@@ -14,6 +14,7 @@ from transformers import LogitsProcessor
 from hydraspec.base.model import BaseModel
 from hydraspec.config import DecodingConfig, EngineConfig, SamplingConfig
 from hydraspec.decode.engine import PLAIN, Engine
+from hydraspec.decode.memory import MemoryPlan
 from hydraspec.errors import CheckpointError, RequestError
 from hydraspec.heads.checkpoint import load_heads
 from hydraspec.heads.protocol import DraftHeads
@@ -24,6 +25,8 @@ from hydraspec.tree import Tree, TreeTable, find_trees
 from hydraspec.types import Output, Request, StepRecord
 
 DEFAULT_NEW_TOKENS = 128
+# Measured with the shipped model on two cores: from six sequences on, plain decoding fills the processor as well.
+CPU_TREES = "1:small-16,5:small-8,6:root"
 LEAST_LENGTH = 512  # tokens of a sequence in the caches of a kept engine
 
 
@@ -178,6 +181,11 @@ class LLM:
             self._engine = None
             raise
 
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What the caches of the last call hold; None before the first."""
+        return None if self._engine is None else self._engine.plan
+
     def new_engine(self, tree: str | Tree | TreeTable | None = None, config: EngineConfig | None = None) -> Engine:
         """An engine of one's own: requests may join and leave between its steps."""
         return Engine(self.base, self.heads, find_trees(tree or self.tree), config or self.engine_config)
@@ -188,8 +196,9 @@ class LLM:
         kept = self._engine
         if kept is not None and kept.is_idle and kept.can_hold(trees, batch, longest):
             return kept
-        # Rounded up, so that a conversation does not ask for larger caches at each turn.
-        length = self.engine_config.max_length or max(LEAST_LENGTH, 1 << (longest - 1).bit_length())
+        # Rounded up where memory is free, so that a conversation does not ask for larger caches at each turn.
+        rounded = longest if self.engine_config.memory else max(LEAST_LENGTH, 1 << (longest - 1).bit_length())
+        length = self.engine_config.max_length or rounded
         config = dataclasses.replace(self.engine_config, max_batch=batch, max_length=length)
         if kept is None or kept.is_idle:
             self._engine = None  # its caches go before new ones come
@@ -258,7 +267,7 @@ def pick_trees(base: BaseModel, heads: DraftHeads | None) -> TreeTable:
     """The trees to start from: small on a CPU, where each node costs time, the published one on a GPU."""
     if heads is None:
         return find_trees(PLAIN)
-    return find_trees("small-16" if base.device.type == "cpu" else "published-63").cut(heads.num_heads)
+    return find_trees(CPU_TREES if base.device.type == "cpu" else "published-63").cut(heads.num_heads)
 
 
 def _is_one_prompt(prompts: str | Sequence[Any]) -> bool:

@@ -149,6 +149,12 @@ class BaseModel:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    def describe_forward(self) -> str:
+        """Dtype, device and threads, and which code runs the layers, in one line."""
+        where = f"{torch.get_num_threads()} CPU threads" if self.device.type == "cpu" else str(self.device)
+        how = "fused layers" if self.fused is not None else "the model class of transformers"
+        return f"{str(self.dtype).removeprefix('torch.')} on {where}, {how}"
+
     def new_cache(self, batch: int, max_length: int) -> SlotCache:
         """An empty cache for `batch` sequences of `max_length` slots, tree nodes included."""
         return SlotCache(self.cache_shapes, batch, max_length, self.dtype, self.device)

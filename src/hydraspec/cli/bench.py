@@ -57,7 +57,7 @@ def bench(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hydraspec.cli.loading import silence_transformers
+    from hydraspec.cli.loading import settle_threads, silence_transformers
     from hydraspec.config import EngineConfig
     from hydraspec.evaluate.bench import compare_sizes, count_runs, describe_machine
     from hydraspec.evaluate.peers import check_peers, make_peers
@@ -67,6 +67,7 @@ def bench(
 
     check_peers(names, assistant)
     silence_transformers()
+    settle_threads()
     llm = load(model, device=device, dtype=dtype, engine_config=EngineConfig(forward=forward))
     context = llm.base.max_length
     if context is not None and max_new_tokens >= context:
@@ -139,7 +140,8 @@ def _make_own(
         loaded = load_heads(find_shipped_heads(name, model), llm.base)
         for tree in dict.fromkeys(trees):
             own = LLM(llm.base, llm.codec, loaded, None if tree is None else find_trees(tree), llm.engine_config)
-            methods.append(Method(f"{name}, {own.tree.name}", decode_with(own, max_new_tokens, largest_batch)))
+            label = name if tree is None else f"{name}, {own.tree.name}"
+            methods.append(Method(label, decode_with(own, max_new_tokens, largest_batch)))
     return methods
 
 

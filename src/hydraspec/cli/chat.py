@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from hydraspec.cli.options import Device, Dtype, Heads, Model, TreeName, takes
-from hydraspec.config import DecodingConfig, SamplingConfig
+from hydraspec.config import DecodingConfig, EngineConfig, SamplingConfig
 
 
-@takes(config=DecodingConfig, sampling=SamplingConfig)
+@takes(config=DecodingConfig, sampling=SamplingConfig, engine=EngineConfig)
 def chat(
     model: Model,
     config: DecodingConfig,
     sampling: SamplingConfig,
+    engine: EngineConfig,
     heads: Heads = None,
     tree: TreeName = None,
     device: Device = None,
@@ -23,7 +24,7 @@ def chat(
     from hydraspec.errors import RequestError
 
     console = Console(highlight=False)
-    llm = load_quietly(model, heads, tree, device, dtype)
+    llm = load_quietly(model, heads, tree, device, dtype, engine)
     if not llm.codec.is_chat:
         raise RequestError(f"{model} has no chat template: use hydraspec generate")
     console.print("/new starts over, Ctrl-C ends an answer, Ctrl-D ends the talk", style="dim")

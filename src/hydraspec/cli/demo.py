@@ -43,7 +43,7 @@ def show_demo(console: Console, tree: str | None, max_new_tokens: int, rounds: i
     from hydraspec.llm import LLM, PLAIN
     from hydraspec.shipped import DEMO_MODEL, find_shipped_heads
 
-    best = load_quietly(DEMO_MODEL, "hydra++", tree, "cpu", "float32")
+    best = load_quietly(DEMO_MODEL, "hydra++", tree or "small-16", "cpu", "float32")
     machine = describe_machine()
     console.print(f"{DEMO_MODEL}, float32, {machine['threads']} threads on {machine['cpu']}; tree {best.tree.name}\n")
     stream_in_colours(best, DEMO_PROMPTS[0], max_new_tokens, console)

@@ -7,16 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hydraspec.config import EngineConfig
     from hydraspec.llm import LLM
 
 
-def load_quietly(model: str, heads: str | None, tree: str | None, device: str | None, dtype: str | None) -> LLM:
+def load_quietly(
+    model: str,
+    heads: str | None,
+    tree: str | None,
+    device: str | None,
+    dtype: str | None,
+    engine: EngineConfig | None = None,
+) -> LLM:
     """`hydraspec.load` without the progress bars of transformers."""
     silence_transformers()
     from hydraspec.llm import load
 
     settle_threads()
-    return load(model, heads, tree, device, dtype)
+    return load(model, heads, tree, device, dtype, engine_config=engine)
 
 
 def silence_transformers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from hydraspec.errors import RequestError, TreeError
 from hydraspec.heads.protocol import DraftHeads
 from hydraspec.tree import PRESETS, Tree, TreeTable, find_trees
 from hydraspec.types import Output, Request, Seconds, StepRecord
+
+logger = logging.getLogger(__name__)
 
 # Plain decoding: the root alone.
 PLAIN = PRESETS["root"]
@@ -52,6 +55,7 @@ class Engine:
         self.heads = heads if trees.depth else None
         self.trees = trees.to(base.device)
         self.plan = plan_memory(base, self.heads, self.trees, self.config)
+        logger.info("%s; %s", self.plan.describe(), base.describe_forward())
         with torch.inference_mode():
             self._running = RunningBatch(base, self.heads, self.plan.max_batch, self.plan.slots)
         self._forwards = self._choose_forwards()

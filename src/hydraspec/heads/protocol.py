@@ -118,10 +118,10 @@ class DraftHeads(nn.Module):
         if self.grounded and TokenTables.fit(base, self.num_heads, self.dtype):
             self._tables = TokenTables([block for block in self.blocks if isinstance(block, HeadBlocks)], base)
         if base.device.type == "cpu":
-            self._pack()
+            self._pack(base)
         return self
 
-    def _pack(self) -> None:
+    def _pack(self, base: BaseModel) -> None:
         """Lay out the weights for products of few rows on a CPU; large heads would need too much memory twice."""
         if self.dtype == torch.float32:
             store_columns_first(self)
@@ -130,8 +130,12 @@ class DraftHeads(nn.Module):
         for block in self.blocks:
             assert isinstance(block, HeadBlocks)
             block.pack(first=self._tables is None)
-        packed = {layer: PackedLinear.stack([layer]) for layer in self.vocabulary}  # heads may share one
-        self._packed = [packed[layer] for layer in self.vocabulary]
+        layers = list(self.vocabulary)
+        if not layers:  # the base model's own, whose scale and soft cap change no order
+            every = torch.arange(base.vocab_size, device=base.device)
+            layers = [_cut_rows(base.output_layer, every).to(self.dtype)] * self.num_heads
+        packed = {layer: PackedLinear.stack([layer]) for layer in layers}  # heads may share one
+        self._packed = [packed[layer] for layer in layers]
 
     def name_tokens(self, proposals: Tensor) -> Tensor:
         """Token ids of the entries of `guess`'s last dimension."""
