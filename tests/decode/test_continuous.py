@@ -166,8 +166,8 @@ def test_heads_read_what_they_missed_while_nobody_drafted(tiny_llama, truth):
     for trees in ("2:root", "2:chain-1"):
         engine = Engine(tiny_llama, heads, TreeTable([*find_trees(trees).entries, (3, find_tree("chain-1"))]))
         for n in (0, 1):
-            engine.submit(Request(tuple(PROMPTS[n]), 60))
-        while len(engine._running.job(1).output.token_ids if engine._running.active else []) < 45:
+            engine.submit(Request(tuple(PROMPTS[n]), 190))
+        while len(engine._running.job(1).output.token_ids if engine._running.active else []) < 170:
             engine.step()
         with torch.inference_mode():
             engine._running.catch_up()

@@ -13,7 +13,7 @@ from hydraspec.heads.protocol import DraftHeads
 from hydraspec.types import LiveText, Output, Request
 
 # Steps without drafting after which the heads read what they have missed.
-MOST_UNREAD = 32
+MOST_UNREAD = 128
 
 
 @dataclass(eq=False)
@@ -51,7 +51,9 @@ class RunningBatch:
         self.heads = heads.new_state(rows, slots) if heads is not None else None
         self.jobs: list[Job | None] = [None] * rows
         self.active = self.reading = 0
-        self._unread: list[Tensor] = []
+        # Hidden states of the decoding rows that the heads have not read, the same number in each of them.
+        self._unread = torch.zeros(rows, MOST_UNREAD if heads else 0, base.hidden_size).to(base.device, base.dtype)
+        self._unread_count = 0
 
     @property
     def size(self) -> int:
@@ -89,15 +91,17 @@ class RunningBatch:
     def postpone(self, hidden: Tensor) -> None:
         """Keep one newly committed hidden state of each decoding row, `[B, 1, d]`, for the heads to read later."""
         if self.heads is not None:
-            self._unread.append(hidden.clone())  # of a static forward, the next one overwrites it
-            if len(self._unread) >= MOST_UNREAD:
+            self._unread[self.decoding, self._unread_count] = hidden[:, 0]
+            self._unread_count += 1
+            if self._unread_count == MOST_UNREAD:
                 self.catch_up()
 
     def catch_up(self) -> None:
-        """Let the heads read what was postponed: before they guess, and before rows change their places."""
-        if self._unread:
-            hidden, self._unread = torch.cat(self._unread, dim=1), []
-            self.observe(hidden, [hidden.shape[1]] * len(hidden), slice(0, len(hidden)))
+        """Let the heads read what was postponed: before they guess, and before other rows join."""
+        if self._unread_count:
+            hidden = self._unread[self.decoding, : self._unread_count]
+            self._unread_count = 0
+            self.observe(hidden, [hidden.shape[1]] * self.active, self.decoding)
 
     # -- who is where -------------------------------------------------------------------------------------------
 
@@ -124,13 +128,14 @@ class RunningBatch:
 
     def release(self, row: int) -> None:
         """Free an occupied row, whichever state it is in; other rows may move."""
-        self.catch_up()
+        read = self.cache.lengths[row] - (self._unread_count if row < self.active else 0)
         # What was accepted beyond the end of the text is no text that a later prompt could share.
-        self._truncate(row, min(self.cache.lengths[row], len(self.job(row).live.tokens)))
+        self._truncate(row, min(read, len(self.job(row).live.tokens)))
         if row < self.active:
             self.active -= 1
             self._swap(row, self.active)
             row = self.active
+            self._unread_count = self._unread_count if self.active else 0
         else:
             self.reading -= 1
         self._swap(row, self.occupied)
@@ -147,4 +152,6 @@ class RunningBatch:
         if self.heads is not None:
             self.heads.swap(a, b)
         self.root[[a, b]] = self.root[[b, a]]
+        if self._unread_count:
+            self._unread[[a, b]] = self._unread[[b, a]]
         self.jobs[a], self.jobs[b] = self.jobs[b], self.jobs[a]
