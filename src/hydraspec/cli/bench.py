@@ -57,7 +57,7 @@ def bench(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hydraspec.cli.loading import settle_threads, silence_transformers
+    from hydraspec.cli.loading import settle_threads, show_log, silence_transformers
     from hydraspec.config import EngineConfig
     from hydraspec.evaluate.bench import compare_sizes, count_runs, describe_machine
     from hydraspec.evaluate.peers import check_peers, make_peers
@@ -68,6 +68,8 @@ def bench(
     check_peers(names, assistant)
     silence_transformers()
     settle_threads()
+    if forward == "compile":
+        show_log()
     llm = load(model, device=device, dtype=dtype, engine_config=EngineConfig(forward=forward))
     context = llm.base.max_length
     if context is not None and max_new_tokens >= context:

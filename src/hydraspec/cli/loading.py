@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ def load_quietly(
     from hydraspec.llm import load
 
     settle_threads()
+    if engine is not None and engine.forward == "compile":
+        show_log()
     return load(model, heads, tree, device, dtype, engine_config=engine)
 
 
@@ -32,6 +36,12 @@ def silence_transformers() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+def show_log() -> None:
+    """Print what the library logs, such as which shape has been compiled in how many seconds, to standard error."""
+    logging.basicConfig(format="hydraspec: %(message)s", stream=sys.stderr)
+    logging.getLogger("hydraspec").setLevel(logging.INFO)
 
 
 def settle_threads() -> int:
