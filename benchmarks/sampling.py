@@ -3,7 +3,7 @@
 python benchmarks/sampling.py --prompts EVAL.jsonl.gz [--seeds 1000] [--heads KIND] [--json FILE]
 
 Every seed is combined with four temperatures and four ways of cutting the distribution. All these requests go through
-one engine, so that each batch mixes them; plain decoding one request at a time is the reference.
+one engine, so that each batch mixes them; plain decoding at the first batch size is the reference.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main(
     prompts: Annotated[Path, typer.Option(help="conversations in ShareGPT form")],
     model: str = "tiny-assistant",
     heads: Annotated[list[str], typer.Option(help="kinds or folders; may be given several times")] = list(KINDS),  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="may be given several times")] = [1, 8],  # noqa: B006
     seeds: int = 1000,
     max_new_tokens: int = 6,
     json: Path | None = None,
@@ -44,17 +45,17 @@ def main(
         )
         for seed, temperature, cut in product(range(seeds), TEMPERATURES, CUTS)
     ]
-    runs = [("plain", "root", 8), *product(heads, TREES, (1, 8))]
+    runs = [*product(["plain"], ["root"], batch[1:]), *product(heads, TREES, batch)]
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as bar:
-        expected = decode(llms["plain"], "root", 1, requests, bar)
-        for kind, tree, batch in runs:
-            got = decode(llms[kind], tree, batch, requests, bar)
+        expected = decode(llms["plain"], "root", batch[0], requests, bar)
+        for kind, tree, size in runs:
+            got = decode(llms[kind], tree, size, requests, bar)
             same = sum(a.token_ids == b.token_ids for a, b in zip(got, expected, strict=True))
             steps = sum(output.steps for output in got)
             length = sum(output.step_tokens for output in got) / steps
             rows.append(
-                {"heads": kind, "tree": tree, "batch": batch, "identical": same, "requests": len(requests)}
+                {"heads": kind, "tree": tree, "batch": size, "identical": same, "requests": len(requests)}
                 | {"acceptance length": length}
             )
             console.print(rows[-1])

@@ -115,6 +115,13 @@ def test_closing_the_iterator_aborts_what_is_left(tiny_llama):
     assert engine.is_idle
 
 
+def test_run_wants_the_engine_for_itself(tiny_llama):
+    engine = Engine(tiny_llama, None, find_tree("root"))
+    engine.submit(Request((3, 4, 5), 3))
+    with pytest.raises(RequestError, match="other requests"):
+        next(engine.run([Request((3, 4), 3)], [Output()]))
+
+
 def test_a_common_beginning_is_copied_not_read_again(tiny_llama, scripted, truth):
     engine = Engine(tiny_llama, scripted, find_tree("small-16"), EngineConfig(max_batch=3))
     read = []

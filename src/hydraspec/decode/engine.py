@@ -139,16 +139,19 @@ class Engine:
             Records of `step`, with the requests numbered as given here.
 
         Raises:
-            RequestError: see `check`.
+            RequestError: see `check`; or requests of others are running.
         """
+        if not self.is_idle:
+            raise RequestError("this engine has other requests: use submit and step, or another engine")
         for request in requests:
             self.check(request)
         jobs = [self.submit(request, output) for request, output in zip(requests, outputs, strict=True)]
         numbers = {job.number: index for index, job in enumerate(jobs)}
         try:
-            while any(output.finish_reason is None for output in outputs):
-                for record in self.step():
-                    yield replace(record, sequences=tuple(numbers[number] for number in record.sequences))
+            for output in outputs:
+                while output.finish_reason is None:
+                    for record in self.step():
+                        yield replace(record, sequences=tuple(numbers[number] for number in record.sequences))
         except GeneratorExit:
             for job in jobs:
                 self.abort(job)
