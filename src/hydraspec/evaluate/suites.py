@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 from hydraspec.errors import DataError
 from hydraspec.text import TextCodec
-from hydraspec.train.data import read_conversations
+from hydraspec.train.data import read_conversations, read_objects
 
 # Written for the shipped model, which books tables, rooms, seats and coffee and imitates school arithmetic.
 DEMO_PROMPTS = (
@@ -82,7 +79,7 @@ def iterate_prompts(file: Path, codec: TextCodec, max_tokens: int | None) -> Ite
                     taken += 1
                     yield ids
         return
-    for number, content in _read_objects(file):
+    for number, content in read_objects(file):
         ids = codec.encode(_find_text(content, f"{file}, line {number}"))
         if max_tokens is None or len(ids) <= max_tokens:
             yield ids
@@ -90,25 +87,8 @@ def iterate_prompts(file: Path, codec: TextCodec, max_tokens: int | None) -> Ite
 
 def _holds_conversations(file: Path) -> bool:
     """Whether the first line of a file is a conversation."""
-    first = next(_read_objects(file), (0, None))[1]
+    first = next(read_objects(file), (0, None))[1]
     return isinstance(first, dict) and "conversations" in first
-
-
-def _read_objects(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and values of a JSON-lines file."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except FileNotFoundError:
-        raise DataError(f"prompt file {file} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {number} is not JSON ({error}); mend or remove it") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read after line {number}: {error}") from None
 
 
 def _find_text(content: Any, where: str) -> str:

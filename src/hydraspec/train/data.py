@@ -47,24 +47,32 @@ def read_conversations(file: Path) -> Iterator[tuple[int, list[dict[str, str]]]]
     Raises:
         DataError: the file cannot be read, or a line (named by its number) is not such a conversation.
     """
+    for number, content in read_objects(file):
+        yield number, _parse_conversation(content, f"{file}, line {number}")
+
+
+def read_objects(file: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and values of a JSON-lines file, plain or gzipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line (named by its number) is not JSON.
+    """
     opener = gzip.open if file.suffix == ".gz" else open
     number = 0
     try:
         with opener(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield number, _parse_line(line, f"{file}, line {number}")
+                    yield number, json.loads(line)
     except FileNotFoundError:
         raise DataError(f"data file {file} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {number} is not JSON ({error}); mend or remove it") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{file} cannot be read after line {number}: {error}") from None
 
 
-def _parse_line(line: str, where: str) -> list[dict[str, str]]:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); mend or remove it") from None
+def _parse_conversation(content: Any, where: str) -> list[dict[str, str]]:
     turns = content.get("conversations") if isinstance(content, dict) else None
     if not isinstance(turns, list) or not turns:
         raise DataError(f'{where} has no list of turns under "conversations"')
