@@ -17,7 +17,8 @@ for kind in "${kinds[@]}"; do
   # Medusa gets vocabulary layers of its own, as published: with the base model's, frozen, it is much weaker.
   tied=(--tied-vocabulary)
   [ "$kind" != medusa ] || tied=()
-  hydraspec train --base tiny-assistant --heads "$kind" --data "$train" --eval-data "$eval" \
+  hydraspec train --base tiny-assistant --recipe "$kind" --data "$train" --eval-data "$eval" \
     --out "$out/tiny-assistant-$kind" "${tied[@]}" --draft-vocabulary 2048 --max-tokens 3500000 \
-    --batch-tokens 2048 --max-length 512 --learning-rate 3e-3 --warmup-steps 100 --final-learning-rate 0.05 --seed 0
+    --batch-tokens 2048 --micro-tokens 2048 \
+    --dropout 0 --max-length 512 --learning-rate 3e-3 --warmup-steps 100 --final-learning-rate 0.05 --seed 0
 done

@@ -43,8 +43,9 @@ from hydraspec.cli.loading import silence_transformers
 from hydraspec.config import TrainingConfig
 from hydraspec.errors import DataError, HydraspecError
 from hydraspec.text import TextCodec
-from hydraspec.train.data import read_conversations
-from hydraspec.train.loop import learning_rate, pick_autocast
+from hydraspec.train.conversations import read_conversations
+from hydraspec.train.forward import pick_autocast
+from hydraspec.train.loop import learning_rate
 from hydraspec.train.objectives import cross_entropy
 
 SPECIAL_TOKENS = ["<pad>", "<|user|>", "<|assistant|>", "<|end|>"]  # ids 0 … 3
@@ -90,7 +91,7 @@ def main(
 def train_to_folder(train: Path, evaluate: Path, out: Path, config: TrainingConfig, steps: int) -> None:
     """From the files of conversations to the model folder."""
     console = Console(highlight=False)
-    talks, held_out = ([talk for _, talk in read_conversations(file)] for file in (train, evaluate))
+    talks, held_out = ([list(talk.messages) for talk in read_conversations(file)] for file in (train, evaluate))
     with console.status("training the tokenizer"):
         tokenizer = train_tokenizer(talks)
     with console.status("encoding the conversations"):
@@ -188,7 +189,7 @@ def draw_batches(tokens: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 
 def compute_loss(model: LlamaForCausalLM, windows: Tensor, config: TrainingConfig) -> Tensor:
     """The mean loss of every next token in the windows, whoever says it."""
-    with pick_autocast(model, config.autocast):  # it reads nothing but the model's device
+    with pick_autocast(model.device, config.autocast):
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hydraspec.base.model import BaseModel
 from hydraspec.config import HeadsConfig
-from hydraspec.heads.protocol import DraftHeads, HeadState
+from hydraspec.heads import HeadState
+from hydraspec.heads.hydra import HydraHeads
 from hydraspec.llm import LLM, load
 
 VOCABULARY = 96
@@ -111,10 +112,8 @@ class Script:
     rank: Callable[[int], int | None] = field(default=lambda position: (position * 7) % 3)
 
 
-class ScriptedHeads(DraftHeads):
+class ScriptedHeads(HydraHeads):
     """Heads that guess the true next tokens, at ranks that change with the position; None: not at all."""
-
-    grounded = True
 
     def __init__(self, base: BaseModel, script: Script, num_heads: int = 4) -> None:
         super().__init__(
@@ -125,11 +124,11 @@ class ScriptedHeads(DraftHeads):
     def new_state(self, batch: int, max_length: int) -> HeadState:
         return HeadState(torch.zeros(batch, self.config.hidden_size), Places(batch))
 
-    def observe(self, state: HeadState, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
+    def observe(self, state: HeadState, hidden: Tensor, tokens: Tensor, counts: Sequence[int], rows: slice) -> None:
         for row, count in zip(range(rows.start, rows.stop), counts, strict=True):
             state.memory.counts[row] += count
 
-    def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel) -> Tensor:
+    def guess(self, head: int, state: HeadState, path: Tensor, base: BaseModel, nodes: Tensor) -> Tensor:
         logits = torch.zeros(path.shape[0], path.shape[1], self.config.vocab_size)
         for row in range(len(path)):
             count, roots = state.memory.counts[row], state.memory.roots[row]
@@ -146,6 +145,3 @@ class ScriptedHeads(DraftHeads):
         """The scripted text that holds all these tokens."""
         fits = (t for t in self.script.texts if all(p < len(t) and t[p] == token for p, token in roots.items()))
         return next(fits, [])
-
-    def read_contexts(self, hidden: Tensor) -> Tensor:
-        return hidden

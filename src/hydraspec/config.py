@@ -10,6 +10,8 @@ from typing import Any
 
 from hydraspec.errors import HydraspecError, RequestError
 
+MOST_HEADS, MOST_LAYERS = 8, 6  # that heads are built with: what tests hold
+
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose meaning is documented in ``metadata['help']``."""
@@ -20,22 +22,22 @@ def option(default: Any, text: str) -> Any:
 class HeadsConfig:
     """The shape of a set of draft heads: what ``config.json`` of a heads checkpoint holds under ``heads``."""
 
-    kind: str = option("hydra++", "medusa, hydra or hydra++")
+    kind: str = option("hydra++", "medusa, hydra, hydra++ or eagle")
     hidden_size: int = option(0, "width d of the base model's hidden states")
     vocab_size: int = option(0, "size V of the base model's vocabulary")
     num_heads: int = option(4, "heads, one for each token guessed ahead")
-    num_layers: int = option(1, "residual blocks in each head")
+    num_layers: int = option(1, "residual blocks in each head, or decoder layers of the eagle head")
     shared_blocks: bool = option(False, "apply one block num_layers - 1 times, as the published code does")
     tied_vocabulary: bool = option(False, "use the base model's lm_head instead of one vocabulary layer a head")
     draft_vocabulary: int = option(0, "propose only this many tokens, the data's most frequent ones; 0: any")
     dropout: float = option(0.0, "dropout before each block and the vocabulary layer, in training only")
-    prefix_layer: dict[str, Any] | None = option(None, "the transformers config of the prefix attention layer")
+    prefix_layer: dict[str, Any] | None = option(None, "the transformers config of prefix attention or eagle layers")
+    outer_norms: bool = option(True, "eagle: a norm before the first layer and after the last; EAGLE-1 has neither")
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.num_layers < 1:
-            raise HydraspecError(
-                f"heads need num_heads >= 1 and num_layers >= 1, not {self.num_heads} and {self.num_layers}"
-            )
+        for name, most in (("num_heads", MOST_HEADS), ("num_layers", MOST_LAYERS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise HydraspecError(f"heads need a {name} of 1 to {most}, not {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise HydraspecError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -134,41 +136,65 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run of draft heads on a frozen base model."""
+    """One training run of draft heads on a frozen base model; what is left out, the recipe decides."""
 
+    recipe: str = option("hydra++", "medusa, hydra, hydra++ or eagle: the kind of heads, and how its paper trains them")
     num_heads: int = option(4, "heads, one for each token guessed ahead")
-    num_layers: int = option(0, "residual blocks in each head; 0: what the paper uses for this kind of heads")
+    num_layers: int | None = option(None, "residual blocks in each head, or decoder layers of the eagle head")
     shared_blocks: bool = option(False, "apply one block num_layers - 1 times, as the published code does")
-    tied_vocabulary: bool = option(False, "use the base model's lm_head instead of training one a head")
+    tied_vocabulary: bool | None = option(None, "use the base model's lm_head instead of training one a head")
     draft_vocabulary: int = option(0, "propose only this many tokens, the data's most frequent ones; 0: any")
-    teacher_weight: float = option(-1.0, "weight of the cross-entropy to the base's distribution; -1: the paper's")
-    data_weight: float = option(-1.0, "weight of the cross-entropy to the data's tokens; -1: the paper's")
+    prefix_layer: str = option("base", "prefix attention: base, a decoder layer of the base's kind; plain, a Llama one")
+    prefix_window: int = option(0, "tokens that prefix attention looks back, for long contexts; 0: all")
+    data_weight: float | None = option(None, "weight of the cross-entropy to the data's tokens")
+    teacher_weight: float | None = option(None, "weight of the cross-entropy to the base model's own distribution")
+    kl_weight: float = option(0.0, "weight of KL(base || head): the teacher's cross-entropy less its entropy")
+    reverse_kl_weight: float = option(0.0, "weight of KL(head || base)")
+    reconstruction_weight: float | None = option(None, "weight of SmoothL1 to the base's true hidden states")
+    head_weights: tuple[float, ...] = option((), "weights of the heads' losses, one a head; left out: 1")
+    head_decay: float = option(1.0, "each head's loss weighs this much of the one before it")
+    noise: float = option(0.0, "alpha of NEFTune noise on hidden states and embeddings; 0: none")
+    dropout: float | None = option(None, "dropout before each block and the vocabulary layer")
     max_tokens: int = option(0, "tokens to train on in all; 0: every token of the data, epochs times")
     epochs: int = option(1, "passes over the data")
-    batch_tokens: int = option(4096, "tokens in a batch, padding included")
-    max_length: int = option(512, "longer conversations are cut to this many tokens")
+    batch_tokens: int = option(4096, "tokens to an optimiser step, of all processes together")
+    micro_tokens: int = option(4096, "tokens in one forward pass of one process: what its memory holds")
+    max_length: int = option(512, "longer conversations are cut to this many tokens, and rows are packed up to it")
     learning_rate: float = option(5e-4, "peak learning rate of AdamW")
     weight_decay: float = option(0.1, "weight decay of AdamW, on matrices only")
     warmup_steps: int = option(100, "steps of linear warm-up")
     final_learning_rate: float = option(0.33, "the cosine ends at this fraction of the peak")
     clip: float = option(1.0, "largest gradient norm")
-    dropout: float = option(0.0, "dropout before each block and the vocabulary layer")
-    held_out: int = option(
-        200, "conversations to measure on, at most; without --eval-data they are kept out of training"
-    )
+    ema: float = option(0.0, "decay of an average of the weights over steps, which is then what is saved; 0: none")
+    held_out: float = option(0.02, "share of the conversations to measure on; chosen by id, without --eval-data")
+    held_out_prompts: int = option(40, "held-out prompts to decode at the end; 0: none")
     autocast: str = option("auto", "auto, bfloat16 or float32: the dtype of the matrix products in training")
+    checkpoint_minutes: float = option(10.0, "minutes between two checkpoints; 0: none by time")
+    checkpoint_steps: int = option(0, "steps between two checkpoints; 0: none by steps")
     seed: int = option(0, "seed of the initial weights and of the data's order")
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "max_length", "epochs", "num_heads"):
+        for name in ("batch_tokens", "micro_tokens", "max_length", "epochs"):
             if getattr(self, name) < 1:
                 raise HydraspecError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in (("num_heads", MOST_HEADS), ("num_layers", MOST_LAYERS)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise HydraspecError(f"{name} must be 1 to {most}, not {value}")
         if self.autocast not in ("auto", "bfloat16", "float32"):
             raise HydraspecError(f"autocast must be auto, bfloat16 or float32, not {self.autocast!r}")
-        if self.max_length > self.batch_tokens:
-            raise HydraspecError(
-                f"max_length {self.max_length} does not fit a batch of batch_tokens {self.batch_tokens}: lower it"
-            )
+        if self.prefix_layer not in ("base", "plain"):
+            raise HydraspecError(f"prefix_layer must be base or plain, not {self.prefix_layer!r}")
+        for name in ("batch_tokens", "micro_tokens"):
+            if self.max_length > getattr(self, name):
+                raise HydraspecError(
+                    f"max_length {self.max_length} does not fit {name} {getattr(self, name)}: lower it"
+                )
+        if self.head_weights and len(self.head_weights) != self.num_heads:
+            raise HydraspecError(f"head_weights must be one for each of {self.num_heads} heads")
+        for name in ("ema", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HydraspecError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -85,11 +85,11 @@ def test_help_and_version(call):
         (["bench", "tiny-assistant", "--prompts", "none.jsonl"], "does not exist"),
         (["bench", "tiny-assistant", "--max-new-tokens", "1024"], "leave no room for a prompt"),
         (
-            ["train", "--base", "tiny-assistant", "--heads", "griffin", "--data", "x", "--out", "y"],
-            "no heads are called",
+            ["train", "--base", "tiny-assistant", "--recipe", "griffin", "--data", "x", "--out", "y"],
+            "no recipe is called",
         ),
         (
-            ["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", "x.jsonl", "--out", "y"],
+            ["train", "--base", "tiny-assistant", "--recipe", "hydra", "--data", "x.jsonl", "--out", "y"],
             "does not exist",
         ),
     ],
@@ -141,11 +141,23 @@ def test_info_tells_models_from_heads(call):
 
 def test_training_writes_heads_that_decode(call, tmp_path):
     data, out = tmp_path / "talks.jsonl", tmp_path / "heads"
-    data.write_text("\n".join([TALK] * 40))
-    words = ["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data, "--out", out, "--tied-vocabulary"]
-    code, shown, _ = call(*words, "--max-tokens", 2000, "--batch-tokens", 512, "--warmup-steps", 2)
+    data.write_text("\n".join(json.dumps({"id": str(n), **json.loads(TALK)}) for n in range(60)))
+    words = [
+        "train",
+        "--base",
+        "tiny-assistant",
+        "--recipe",
+        "hydra",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--tied-vocabulary",
+    ]
+    words += ["--held-out", 0.2, "--held-out-prompts", 2, "--warmup-steps", 2]
+    code, shown, _ = call(*words, "--max-tokens", 2000, "--batch-tokens", 512, "--micro-tokens", 512)
     assert code == 0
-    assert "accuracy on held-out text" in shown
+    assert "predicted" in shown
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
     assert call("generate", "tiny-assistant", "Hello", "--heads", out, "--max-new-tokens", 5)[0] == 0
     assert_refused(call(*words), "is there already")
@@ -155,7 +167,7 @@ def test_folders_that_cannot_be_written_are_refused_before_training(call, tmp_pa
     data, blocked = tmp_path / "talks.jsonl", tmp_path / "file"
     data.write_text(TALK)
     blocked.write_text("")
-    words = ["train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data]
+    words = ["train", "--base", "tiny-assistant", "--recipe", "hydra", "--data", data]
     assert_refused(call(*words, "--out", blocked / "heads"), "cannot be written")
     assert_refused(call(*words, "--out", tmp_path / "heads", "--max-length", 2048), "context of 1024")
     assert not (tmp_path / "heads").exists()
@@ -165,7 +177,7 @@ def test_broken_data_is_named_by_its_line_and_nothing_is_written(call, tmp_path)
     data, out = tmp_path / "talks.jsonl", tmp_path / "heads"
     data.write_text(f"{TALK}\n{TALK}\n{{broken\n")
     assert_refused(
-        call("train", "--base", "tiny-assistant", "--heads", "hydra", "--data", data, "--out", out), "line 3"
+        call("train", "--base", "tiny-assistant", "--recipe", "hydra", "--data", data, "--out", out), "line 3"
     )
     assert not out.exists()
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -5,7 +7,16 @@ from torch.nn import functional as F
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import HydraspecError, UnsupportedModel
 from hydraspec.heads import KINDS, HeadState, cut_vocabulary, new_heads
+from hydraspec.heads.residual import ResidualHeads
+from hydraspec.tree import Tree
 from tests.conftest import make_model
+
+RESIDUAL = [kind for kind, made in KINDS.items() if issubclass(made, ResidualHeads)]
+
+
+def _tokens(hidden):
+    """Any tokens to go with hidden states: these heads do not read them."""
+    return torch.zeros(hidden.shape[:2], dtype=torch.long)
 
 
 def _scramble(heads):
@@ -30,7 +41,7 @@ def test_a_hydra_head_is_the_published_formula(tiny_llama, shared):
     for block in [rest[0], rest[0]] if shared else [rest[0], rest[1]]:
         x = _block(block, x, project=False)
     expected = x @ heads.vocabulary[2].weight.T + heads.vocabulary[2].bias
-    torch.testing.assert_close(heads.score(2, context, path, tiny_llama.project), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(heads.score(2, context, path, tiny_llama), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_medusa_head_sees_the_hidden_state_alone(tiny_llama):
@@ -38,13 +49,13 @@ def test_a_medusa_head_sees_the_hidden_state_alone(tiny_llama):
     context = torch.randn(2, 64)
     x = _block(heads.blocks[3].first, context, project=False)
     expected = x @ heads.vocabulary[3].weight.T + heads.vocabulary[3].bias
-    torch.testing.assert_close(heads.score(3, context, None, tiny_llama.project), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(heads.score(3, context, None, tiny_llama), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_medusa_heads_pass_the_hidden_state_on(tiny_llama):
     heads = new_heads(tiny_llama, "medusa", num_layers=2)
     context = torch.randn(2, 64)
-    torch.testing.assert_close(heads.score(0, context, None, tiny_llama.project), tiny_llama.project(context))
+    torch.testing.assert_close(heads.score(0, context, None, tiny_llama), tiny_llama.project(context))
 
 
 def test_a_tied_vocabulary_layer_is_the_base_models(tiny_llama):
@@ -52,19 +63,19 @@ def test_a_tied_vocabulary_layer_is_the_base_models(tiny_llama):
     assert not any(name.startswith("vocabulary") for name, _ in heads.named_parameters())
     context = torch.randn(2, 64)
     expected = tiny_llama.project(heads.blocks[0](context))
-    torch.testing.assert_close(heads.score(0, context, None, tiny_llama.project), expected)
+    torch.testing.assert_close(heads.score(0, context, None, tiny_llama), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RESIDUAL)
 def test_contexts_grow_step_by_step_as_in_one_pass(tiny_llama, kind):
     heads = _scramble(new_heads(tiny_llama, kind)).requires_grad_(False)
     prompt, more = torch.randn(2, 7, 64), torch.randn(2, 3, 64)
     state = heads.new_state(3, 40)
-    heads.observe(state, prompt, [7, 4], slice(1, 3))
-    heads.observe(state, more, [1, 3], slice(1, 3))
+    heads.observe(state, prompt, _tokens(prompt), [7, 4], slice(1, 3))
+    heads.observe(state, more, _tokens(more), [1, 3], slice(1, 3))
     state.swap(0, 1)
     state.swap(1, 2)
-    heads.observe(state, more, [2, 2], slice(0, 2))
+    heads.observe(state, more, _tokens(more), [2, 2], slice(0, 2))
     state.swap(0, 1)
     texts = [
         torch.cat([prompt[1, :4], more[1, :3], more[1, :2]]),
@@ -85,9 +96,9 @@ def test_the_fast_prefix_layer_is_the_models_own(bias):
     contexts = {}
     for heads.prefix.fused in (fused, None):
         state, rows = heads.new_state(2, 40), slice(0, 2)
-        heads.observe(state, hidden, [9, 5], rows)
-        heads.observe(state, more, [2, 4], rows)
-        heads.observe(state, more[:, :1], [1, 1], rows)
+        heads.observe(state, hidden, _tokens(hidden), [9, 5], rows)
+        heads.observe(state, more, _tokens(more), [2, 4], rows)
+        heads.observe(state, more[:, :1], _tokens(more[:, :1]), [1, 1], rows)
         contexts[heads.prefix.fused is None] = state.context
     torch.testing.assert_close(contexts[True], contexts[False], rtol=1e-5, atol=1e-5)
 
@@ -100,10 +111,41 @@ def test_looked_up_first_blocks_are_the_computed_ones(tiny_llama, layers):
     state = HeadState(torch.randn(2, 64))
     for head in range(4):
         path = torch.randint(0, 96, (2, 5, head + 1))
+        nodes = torch.arange(head + 1).repeat(5, 1)
         heads._tables = tables
-        fast = heads.guess(head, state, path, tiny_llama)
+        fast = heads.guess(head, state, path, tiny_llama, nodes)
         heads._tables = None
-        torch.testing.assert_close(fast, heads.guess(head, state, path, tiny_llama), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast, heads.guess(head, state, path, tiny_llama, nodes), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"prefix_window": 5, "prefix_layer": "plain"}], ids=str)
+def test_training_sees_what_decoding_sees(tiny_llama, kind, options):
+    if options and kind in ("medusa", "hydra"):
+        pytest.skip("no decoder layer")
+    heads = _scramble(new_heads(tiny_llama, kind, num_heads=3, **options)).requires_grad_(False)
+    ready = copy.deepcopy(heads).prepare(tiny_llama)
+    tree = Tree([[0], [1], [0, 0], [1, 0], [0, 0, 0], [1, 0, 0]])
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(2))
+    hidden, embeddings = torch.randn(2, 12, 64), tiny_llama.embed(ids)
+    seen = [[7, 2], [5, 2]]  # tokens that each text has after a prompt and an accepted path of its own length
+    state, rows = ready.new_state(2, 40), slice(0, 2)
+    ready.observe(state, hidden[:, :7], ids[:, :7], [first for first, _ in seen], rows)
+    after = torch.stack([hidden[row, first : first + 2] for row, (first, _) in enumerate(seen)])
+    tokens = torch.stack([ids[row, first : first + 2] for row, (first, _) in enumerate(seen)])
+    ready.observe(state, after, tokens, [more for _, more in seen], rows)
+    last = [sum(counts) - 1 for counts in seen]  # the anchor: the root comes next
+    filled = torch.zeros(2, tree.num_nodes, dtype=torch.long)
+    for row, t in enumerate(last):  # one branch follows the text, the other goes astray
+        filled[row] = torch.tensor([ids[row, t + 1], ids[row, t + 2], 5, ids[row, t + 3], 9, 8, 7])
+    state = state.first(2, ready.count_view(state, 2, tree.num_nodes))
+    anchors = [torch.tensor([t + 12 * row for row, t in enumerate(last)])] * 3
+    states = heads.draft_states(hidden, embeddings, anchors)
+    for depth, stage in enumerate(tree.expansion):
+        path = filled[:, stage.paths.flatten()].view(2, *stage.paths.shape)
+        found = ready.guess(depth, state, path, tiny_llama, stage.paths)[:, 0]
+        weight, bias = heads.vocabulary_weight(depth, tiny_llama)
+        torch.testing.assert_close(found, F.linear(states[depth], weight, bias), rtol=1e-4, atol=1e-4)
 
 
 def test_prefix_attention_looks_back(tiny_llama):
@@ -123,8 +165,8 @@ def test_a_cut_vocabulary_proposes_the_frequent_tokens_only(tiny_llama, tied):
     context, path = torch.randn(2, 1, 64), torch.randn(2, 1, 1, 64)
     frequent = (counts >= 76).nonzero().flatten()
     assert cut.name_tokens(torch.arange(20)).tolist() == frequent.tolist()
-    whole = heads.score(0, context, path, tiny_llama.project)
-    torch.testing.assert_close(cut.score(0, context, path, tiny_llama.project), whole[..., frequent])
+    whole = heads.score(0, context, path, tiny_llama)
+    torch.testing.assert_close(cut.score(0, context, path, tiny_llama), whole[..., frequent])
 
 
 def test_rotary_frequencies_stay_float32(tiny_llama):

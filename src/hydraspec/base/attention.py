@@ -61,6 +61,29 @@ _layout: ContextVar[StepLayout] = ContextVar("hydraspec_layout")
 _explicit: ContextVar[bool] = ContextVar("hydraspec_explicit", default=False)
 
 
+def layout_packed(segments: Tensor, positions: Tensor, dtype: torch.dtype, device: torch.device) -> StepLayout:
+    """The layout of rows in which conversations lie side by side, none of which sees another; without a cache.
+
+    A token sees itself and what stands before it in its own segment. Padding sees the padding before it, so that its
+    softmax is a number too.
+
+    Args:
+        segments: `[B, T]` int64, which conversation of its row a token belongs to; -1: padding, at the end.
+        positions: `[B, T]` int64, within the conversation.
+        dtype: of the mask, which is that of the attention scores.
+        device: of the layout.
+    """
+    segments, positions = segments.to(device), positions.to(device)
+    batch, width = segments.shape
+    slots = torch.arange(width, device=device).expand(batch, width)
+    if int(segments.max()) <= 0:
+        # One conversation a row: causal order says it all. Padding counts on, lest a window of earlier tokens hold it.
+        return StepLayout(slots, slots, width, None, 0)
+    seen = (segments[:, :, None] == segments[:, None]) & (slots[0][:, None] >= slots[0])
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return StepLayout(slots, positions, width, bias, 0)
+
+
 @contextmanager
 def attend_with(config: Any, layout: StepLayout, explicit: bool) -> Iterator[None]:
     """Let the model that owns `config` attend as `layout` says, inside the block only.

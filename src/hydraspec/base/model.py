@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hydraspec.base.attention import attend_with
+from hydraspec.base.attention import StepLayout, attend_with
 from hydraspec.base.cache import SlotCache, send
 from hydraspec.base.facts import (
     explain_config,
@@ -47,6 +47,7 @@ class BaseModel:
         vocab_size: entries V of its output layer.
         max_length: tokens of context that it was made for, or None where it does not say.
         eos_token_ids: the tokens that end a text.
+        logit_scale, logit_softcap: what the model does to its logits after the output layer.
         generation_defaults: what its generation config asks of every text.
         fused: the fast path of models of Llama's shape on a CPU; None: the model class itself is run.
 
@@ -69,9 +70,9 @@ class BaseModel:
         self.eos_token_ids = find_eos(model)
         # A model without the attention interface keeps its own attention code, which adds its mask.
         self._explicit_masks = not type(model)._can_set_attn_implementation()
-        self._scale = float(getattr(self.config, "logit_scale", None) or 1.0)
-        self._scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
-        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(self.config, "logit_scale", None) or 1.0)
+        self.logit_scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
+        self.logit_softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         self.cache_shapes = probe_cache_shapes(
             self.config, lambda cache: self.model(input_ids=ids, past_key_values=cache, use_cache=True), self.name
@@ -143,10 +144,10 @@ class BaseModel:
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of final hidden states `[..., d]`, with the model's logit scale and soft-capping."""
         logits = self.output_layer(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
         return logits
 
     def describe_forward(self) -> str:
@@ -189,10 +190,21 @@ class BaseModel:
         return self._forward(tokens, cache)
 
     @torch.no_grad()
-    def read_hidden_states(self, ids: Tensor) -> Tensor:
-        """Final hidden states `[B, T, d]` of right-padded token ids `[B, T]`, without a cache (for training)."""
+    def read_hidden_states(self, ids: Tensor, layout: StepLayout | None = None) -> Tensor:
+        """Final hidden states `[B, T, d]` of token ids `[B, T]`, without a cache (for training).
+
+        Args:
+            ids: rows of one right-padded text each, or of several side by side.
+            layout: of several texts in a row, see `layout_packed`; None: each row is one text.
+        """
         with _Tap(self.output_layer, torch.zeros(len(ids), dtype=torch.long, device=ids.device)) as tap:
-            self.model(input_ids=ids, use_cache=False)
+            if layout is None:
+                self.model(input_ids=ids, use_cache=False)
+            else:
+                # With a mask at hand transformers does not guess from the positions where a text begins.
+                positions, ones = layout.positions_within(self.max_length), torch.ones_like(ids)
+                with attend_with(self.config, layout, self._explicit_masks):
+                    self.model(input_ids=ids, position_ids=positions, attention_mask=ones, use_cache=False)
         return tap.hidden
 
     def _forward(self, ids: Tensor, cache: SlotCache, last: Tensor | None = None) -> Verified:

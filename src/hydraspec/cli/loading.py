@@ -44,6 +44,11 @@ def show_log() -> None:
     logging.getLogger("hydraspec").setLevel(logging.INFO)
 
 
+def show_warnings() -> None:
+    """Print the warnings that the library logs to standard error, each in one line."""
+    logging.basicConfig(format="hydraspec: %(message)s", level=logging.WARNING, stream=sys.stderr)
+
+
 def settle_threads() -> int:
     """Let torch use as many CPU threads as this process may really run at once; OMP_NUM_THREADS has the last word.
 

@@ -55,6 +55,7 @@ def takes(**configs: type) -> Callable[[Callable], Callable]:
 _REPEATED: dict[Any, Any] = {
     tuple[str, ...]: list[str] | None,
     tuple[int, ...]: list[int] | None,
+    tuple[float, ...]: list[float] | None,
     tuple[tuple[int, float], ...]: list[str] | None,
 }
 

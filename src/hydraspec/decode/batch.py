@@ -51,8 +51,10 @@ class RunningBatch:
         self.heads = heads.new_state(rows, slots) if heads is not None else None
         self.jobs: list[Job | None] = [None] * rows
         self.active = self.reading = 0
-        # Hidden states of the decoding rows that the heads have not read, the same number in each of them.
-        self._unread = torch.zeros(rows, MOST_UNREAD if heads else 0, base.hidden_size).to(base.device, base.dtype)
+        # Hidden states and tokens of the decoding rows that the heads have not read, as many in each of them.
+        most = MOST_UNREAD if heads else 0
+        self._unread = torch.zeros(rows, most, base.hidden_size, dtype=base.dtype, device=base.device)
+        self._unread_tokens = torch.zeros(rows, most, dtype=torch.long, device=base.device)
         self._unread_count = 0
 
     @property
@@ -83,15 +85,16 @@ class RunningBatch:
 
     # -- what the heads have read -------------------------------------------------------------------------------
 
-    def observe(self, hidden: Tensor, counts: Sequence[int], rows: slice) -> None:
-        """Let the heads read the hidden states `[B, A, d]` of newly committed tokens of `rows`."""
+    def observe(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int], rows: slice) -> None:
+        """Let the heads read newly committed tokens `[B, A]` of `rows` and their hidden states `[B, A, d]`."""
         if self._draft_heads is not None and self.heads is not None:
-            self._draft_heads.observe(self.heads, hidden, counts, rows)
+            self._draft_heads.observe(self.heads, hidden, tokens, counts, rows)
 
-    def postpone(self, hidden: Tensor) -> None:
-        """Keep one newly committed hidden state of each decoding row, `[B, 1, d]`, for the heads to read later."""
+    def postpone(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Keep one newly committed token `[B, 1]` of each decoding row, and its hidden state `[B, 1, d]`, for later."""
         if self.heads is not None:
             self._unread[self.decoding, self._unread_count] = hidden[:, 0]
+            self._unread_tokens[self.decoding, self._unread_count] = tokens[:, 0]
             self._unread_count += 1
             if self._unread_count == MOST_UNREAD:
                 self.catch_up()
@@ -100,8 +103,9 @@ class RunningBatch:
         """Let the heads read what was postponed: before they guess, and before other rows join."""
         if self._unread_count:
             hidden = self._unread[self.decoding, : self._unread_count]
+            tokens = self._unread_tokens[self.decoding, : self._unread_count]
             self._unread_count = 0
-            self.observe(hidden, [hidden.shape[1]] * self.active, self.decoding)
+            self.observe(hidden, tokens, [hidden.shape[1]] * self.active, self.decoding)
 
     # -- who is where -------------------------------------------------------------------------------------------
 
@@ -154,4 +158,5 @@ class RunningBatch:
         self.root[[a, b]] = self.root[[b, a]]
         if self._unread_count:
             self._unread[[a, b]] = self._unread[[b, a]]
+            self._unread_tokens[[a, b]] = self._unread_tokens[[b, a]]
         self.jobs[a], self.jobs[b] = self.jobs[b], self.jobs[a]

@@ -199,7 +199,7 @@ class Engine:
         width = max(counts)
         ids = torch.tensor([[*piece, *[0] * (width - len(piece))] for piece in pieces]).to(self.base.device)
         verified = self.base.prefill(ids, counts, running.cache, rows)
-        running.observe(verified.hidden, counts, rows)
+        running.observe(verified.hidden, ids, counts, rows)
         ready = [place for place, prompt in enumerate(prompts) if lengths[rows.start + place] == len(prompt)]
         jobs = [running.job(rows.start + place) for place in ready]
         if not ready:

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hydraspec.base.model import BaseModel
-from hydraspec.base.static import StaticForward, record, round_up
+from hydraspec.base.static import LEAST_VIEW, StaticForward, record, round_up
 from hydraspec.decode.batch import RunningBatch
 from hydraspec.heads.protocol import DraftHeads, HeadState
 from hydraspec.tree.topology import Tree
@@ -39,7 +39,9 @@ class EagerForwards:
         if self.heads is None or self.running.heads is None or tree.depth == 0:
             return Draft(root[:, None])
         self.running.catch_up()
-        return fill_tree(tree, root, self.heads, self.running.heads.first(len(root)), self.base)
+        state = self.running.heads
+        view = self.heads.count_view(state, len(root), tree.num_nodes)
+        return fill_tree(tree, root, self.heads, state.first(len(root), view), self.base)
 
     def verify(self, tokens: Tensor, tree: Tree) -> Verified:
         """The base model's view of a filled tree."""
@@ -54,7 +56,7 @@ class StaticForwards(EagerForwards):
     ) -> None:
         super().__init__(base, heads, running)
         self.verify = StaticForward(base, running.cache, compiler).verify  # type: ignore[method-assign]
-        self._drafts: dict[tuple[int, Tree], Callable[[], Draft]] = {}
+        self._drafts: dict[tuple[int, Tree, int], Callable[[], Draft]] = {}
 
     def draft(self, tree: Tree) -> Draft:
         """Fill the tree for the sequences that decode; the result is overwritten by the next call."""
@@ -63,10 +65,12 @@ class StaticForwards(EagerForwards):
             return super().draft(tree)
         self.running.catch_up()
         rows = round_up(self.running.active, self.running.size)
-        if (rows, tree) not in self._drafts:
-            root, first = self.running.root[:rows], state.first(rows)
-            self._drafts[rows, tree] = record(lambda: fill_tree(tree, root, heads, first, self.base), root.device)
-        return Draft(self._drafts[rows, tree]().tokens[: self.running.active])
+        view = heads.count_view(state, rows, tree.num_nodes)
+        key = (rows, tree, max(LEAST_VIEW, 1 << (view - 1).bit_length()) if view else 0)
+        if key not in self._drafts:
+            root, first = self.running.root[:rows], state.first(rows, key[2])
+            self._drafts[key] = record(lambda: fill_tree(tree, root, heads, first, self.base), root.device)
+        return Draft(self._drafts[key]().tokens[: self.running.active])
 
 
 def fill_tree(tree: Tree, root: Tensor, heads: DraftHeads, state: HeadState, base: BaseModel) -> Draft:
@@ -75,7 +79,7 @@ def fill_tree(tree: Tree, root: Tensor, heads: DraftHeads, state: HeadState, bas
     tokens[:, 0] = root
     for depth, stage in enumerate(tree.expansion):
         path = tokens.index_select(1, stage.paths.flatten()).view(-1, *stage.paths.shape)  # [B, P, depth + 1]
-        logits = heads.guess(depth, state, path, base)  # [B, P or 1, V]
+        logits = heads.guess(depth, state, path, base, stage.paths)  # [B, P or 1, V]
         best = heads.name_tokens(logits.topk(stage.width).indices).expand(-1, len(stage.paths), -1)  # [B, P, width]
         tokens[:, stage.children] = best.flatten(1).index_select(1, stage.picks)
     return Draft(tokens)

@@ -9,7 +9,7 @@ from hydraspec.decode.batch import RunningBatch
 from hydraspec.decode.clock import Clock
 from hydraspec.decode.forwards import Forwards
 from hydraspec.tree.topology import Tree
-from hydraspec.types import Accepted, Seconds, Verified
+from hydraspec.types import Accepted, Draft, Seconds, Verified
 
 
 @torch.inference_mode()
@@ -27,19 +27,19 @@ def decode_step(
     clock.mark()
     accepted = rule.accept(draft, verified, tree)
     clock.mark()
-    commit(tree, verified, accepted, running)
+    commit(tree, draft, verified, accepted, running)
     clock.mark()
     return accepted, clock.read()
 
 
-def commit(tree: Tree, verified: Verified, accepted: Accepted, running: RunningBatch) -> None:
-    """Keep the accepted paths: their keys and values, their hidden states for the heads, the next roots."""
+def commit(tree: Tree, draft: Draft, verified: Verified, accepted: Accepted, running: RunningBatch) -> None:
+    """Keep the accepted paths: keys and values, tokens and hidden states for the heads, the next roots."""
     rows = running.decoding
     running.cache.commit(accepted.path, accepted.counts, rows)
     if tree.depth == 0:
-        running.postpone(verified.hidden)  # nobody guesses from it now
+        running.postpone(verified.hidden, draft.tokens)  # nobody guesses from it now
     elif running.heads is not None:
         kept = accepted.path[:, : max(accepted.counts)]
         hidden = verified.hidden.gather(1, kept[..., None].expand(*kept.shape, verified.hidden.shape[-1]))
-        running.observe(hidden, accepted.counts, rows)
+        running.observe(hidden, draft.tokens.gather(1, kept), accepted.counts, rows)
     running.root[rows] = accepted.roots

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydraspec.errors import DataError
 from hydraspec.text import TextCodec
-from hydraspec.train.data import read_conversations, read_objects
+from hydraspec.train.conversations import read_conversations, read_objects
 
 # Written for the shipped model, which books tables, rooms, seats and coffee and imitates school arithmetic.
 DEMO_PROMPTS = (
@@ -71,7 +71,7 @@ def iterate_prompts(file: Path, codec: TextCodec, max_tokens: int | None) -> Ite
     """
     taken = 0
     if _holds_conversations(file):
-        for _, messages in read_conversations(file):
+        for messages in (conversation.messages for conversation in read_conversations(file)):
             turns = [i for i, message in enumerate(messages) if message["role"] == "user" and i + 1 < len(messages)]
             if turns:
                 ids = codec.encode(messages[: turns[min(taken % 4, len(turns) - 1)] + 1])
@@ -88,7 +88,7 @@ def iterate_prompts(file: Path, codec: TextCodec, max_tokens: int | None) -> Ite
 def _holds_conversations(file: Path) -> bool:
     """Whether the first line of a file is a conversation."""
     first = next(read_objects(file), (0, None))[1]
-    return isinstance(first, dict) and "conversations" in first
+    return isinstance(first, dict) and ("conversations" in first or "messages" in first)
 
 
 def _find_text(content: Any, where: str) -> str:

@@ -117,6 +117,9 @@ def load_heads(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the heads again") from None
     expected = heads.state_dict()
+    if config.draft_vocabulary and "token_ids" in tensors:  # their vocabulary layers may be stored whole
+        whole = {key for key in tensors if key.startswith("vocabulary.") and len(tensors[key]) == config.vocab_size}
+        tensors |= {key: tensors[key][tensors["token_ids"]] for key in whole}
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
             raise CheckpointError(f"{file} lacks the tensor {key}")

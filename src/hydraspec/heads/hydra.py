@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from hydraspec.heads.protocol import DraftHeads
+from hydraspec.heads.residual import ResidualHeads
 
 
-class HydraHeads(DraftHeads):
+class HydraHeads(ResidualHeads):
     """Head i sees `[h_t ; E(x_{t+1}) ; … ; E(x_{t+1+i})]`."""
 
     grounded = True
-
-    def read_contexts(self, hidden: Tensor) -> Tensor:
-        """The hidden states themselves."""
-        return hidden

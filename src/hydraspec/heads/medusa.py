@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from hydraspec.heads.protocol import DraftHeads
+from hydraspec.heads.residual import ResidualHeads
 
 
-class MedusaHeads(DraftHeads):
+class MedusaHeads(ResidualHeads):
     """Head i sees `h_t`."""
 
     grounded = False
-
-    def read_contexts(self, hidden: Tensor) -> Tensor:
-        """The hidden states themselves."""
-        return hidden

@@ -1,138 +1,75 @@
-"""Teacher-forced training of draft heads on a frozen base model."""
+"""The training loop: optimiser steps on rows of conversations, in one process or many, resumable at every step."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hydraspec.base.model import BaseModel
 from hydraspec.config import TrainingConfig
 from hydraspec.errors import HydraspecError
 from hydraspec.heads.protocol import DraftHeads
-from hydraspec.train.data import Batch, Example, iterate_epochs, make_batches
-from hydraspec.train.objectives import cross_entropy, teacher_cross_entropy
+from hydraspec.train.batch import Batch
+from hydraspec.train.checkpoint import Checkpoint
+from hydraspec.train.forward import Anchored, TeacherForcedLoss
+from hydraspec.train.packing import Row
 
-logger = logging.getLogger(__name__)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-# What the paper trains each kind with: (blocks a head, weight of the teacher loss, weight of the data loss).
-PAPER_RECIPES = {"medusa": (1, 0.0, 1.0), "hydra": (1, 0.0, 1.0), "hydra++": (4, 1.0, 0.0)}
+
+class HiddenSource(Protocol):
+    """Where the base model's hidden states come from: the model itself, or files."""
+
+    def read(self, batch: Batch) -> Tensor:
+        """Those of a batch, `[B, T, d]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run is trained on."""
+
+    num_rows: int
+    rows: Callable[[int], Iterator[Row]]  # the rows in their order, from the given number on
+    load: Callable[[Sequence[Row]], Batch]
+    hidden: HiddenSource
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a training step tells whoever watches."""
+    """What an optimiser step tells whoever watches."""
 
     step: int
     steps: int
-    tokens: int  # trained on so far, padding left out
-    loss: float
-    seconds: float
+    tokens: int  # trained on so far by all processes, padding left out
+    losses: tuple[float, ...]  # of each head
+    learning_rate: float
+    gradient_norm: float
+    seconds: float  # of all steps so far, those before a resumption included
 
-
-@dataclass(frozen=True)
-class HeadAccuracy:
-    """How often a head is right about held-out text: its guess against the token that stands there."""
-
-    top1: float
-    top5: float
-
-
-def resolve_recipe(kind: str, config: TrainingConfig) -> tuple[int, float, float]:
-    """Blocks a head, teacher weight and data weight: the config's, or the paper's where it leaves them open."""
-    layers, teacher, data = PAPER_RECIPES.get(kind, PAPER_RECIPES["hydra"])
-    return (
-        config.num_layers or layers,
-        config.teacher_weight if config.teacher_weight >= 0 else teacher,
-        config.data_weight if config.data_weight >= 0 else data,
-    )
-
-
-def pick_autocast(base: BaseModel, choice: str) -> AbstractContextManager:
-    """bfloat16 products where the machine has instructions for them (or is asked to), else the weights' own dtype."""
-    if choice == "auto":
-        choice = "bfloat16" if base.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() else "float32"
-    if choice == "float32":
-        return nullcontext()
-    return torch.autocast(base.device.type, dtype=torch.bfloat16)
-
-
-def head_rows(batch: Batch, head: int) -> tuple[Tensor, Tensor]:
-    """Where head `head` is trained: indices (row, t) for which x_{t+1} and x_{t+2+head} are the assistant's."""
-    reach = head + 2
-    if batch.mask.shape[1] <= reach:
-        empty = torch.zeros(0, dtype=torch.long)
-        return empty, empty
-    valid = batch.mask[:, 1 : -(reach - 1)] & batch.mask[:, reach:]
-    rows, times = valid.nonzero(as_tuple=True)
-    return rows, times
-
-
-def path_embeddings(base: BaseModel, batch: Batch, rows: Tensor, times: Tensor, head: int) -> Tensor:
-    """Embeddings `[R, head + 1, d]` of x_{t+1} … x_{t+1+head}."""
-    steps = torch.arange(1, head + 2)
-    return base.embed(batch.ids[rows[:, None], times[:, None] + steps].to(base.device))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The logits `[R, V]` of one head at the places `(rows, times)` of a batch where it is trained."""
-
-    head: int
-    rows: Tensor
-    times: Tensor
-    logits: Tensor
-
-
-def score_heads(base: BaseModel, heads: DraftHeads, batch: Batch, hidden: Tensor) -> Iterator[Scored]:
-    """Run each head over a batch, given the true tokens before; `hidden` `[B, T, d]` is the base model's."""
-    # Heads are trained in float32 whatever the base's dtype is; only its own layers get its dtype.
-    dtype = next(heads.parameters()).dtype
-    contexts = heads.read_contexts(hidden.to(dtype))
-
-    def project(states: Tensor) -> Tensor:
-        return base.project(states.to(base.dtype))
-
-    for head in range(heads.num_heads):
-        rows, times = head_rows(batch, head)
-        if len(rows):
-            path = path_embeddings(base, batch, rows, times, head).to(dtype) if heads.grounded else None
-            yield Scored(head, rows, times, heads.score(head, contexts[rows, times], path, project))
-
-
-def compute_loss(
-    base: BaseModel, heads: DraftHeads, batch: Batch, teacher_weight: float, data_weight: float
-) -> Tensor | None:
-    """The sum over heads of each head's mean loss on one batch; None where the batch trains nothing."""
-    hidden = base.read_hidden_states(batch.ids.to(base.device))
-    teacher, teacher_row = _read_teacher(base, hidden, batch) if teacher_weight else (None, None)
-    losses = []
-    for scored in score_heads(base, heads, batch, hidden):
-        rows, times = scored.rows, scored.times
-        if data_weight:
-            targets = batch.ids[rows, times + scored.head + 2].to(base.device)
-            losses.append(data_weight * cross_entropy(scored.logits, targets))
-        if teacher is not None and teacher_row is not None:
-            target = teacher[teacher_row[rows, times + scored.head + 1].to(base.device)]
-            losses.append(teacher_weight * teacher_cross_entropy(scored.logits, target))
-    return torch.stack(losses).sum() if losses else None
-
-
-@torch.no_grad()
-def _read_teacher(base: BaseModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The base's distributions `[R, V]` before each of the assistant's tokens, and the row of each position."""
-    before = torch.zeros_like(batch.mask)
-    before[:, :-1] = batch.mask[:, 1:]
-    rows, times = before.nonzero(as_tuple=True)
-    index = torch.zeros(batch.mask.shape, dtype=torch.long)
-    index[rows, times] = torch.arange(len(rows))
-    return torch.softmax(base.project(hidden[rows, times]).float(), -1), index
+    @property
+    def loss(self) -> float:
+        """The sum over the heads."""
+        return sum(self.losses)
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
@@ -144,91 +81,161 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(heads: DraftHeads, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(module: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW, with weight decay on matrices only."""
-    matrices = [p for p in heads.parameters() if p.ndim > 1]
-    others = [p for p in heads.parameters() if p.ndim <= 1]
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def plan_steps(examples: Sequence[Example], config: TrainingConfig) -> list[Batch]:
-    """The batches of a run in order: `epochs` passes, or as many as give `max_tokens` tokens."""
-    epochs = config.epochs
-    if config.max_tokens:
-        epochs = max(1, math.ceil(config.max_tokens / sum(len(e.ids) for e in examples)))
-    plan, tokens = [], 0
-    for batch in iterate_epochs(examples, config.batch_tokens, config.seed, epochs):
-        plan.append(batch)
-        tokens += batch.num_tokens
-        if config.max_tokens and tokens >= config.max_tokens:
-            break
-    return plan
+class Trainer:
+    """Heads in training, with everything that a checkpoint must hold.
 
-
-def train(
-    base: BaseModel,
-    heads: DraftHeads,
-    batches: Sequence[Batch],
-    config: TrainingConfig,
-    watch: Callable[[Progress], None] = lambda _: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> int:
-    """Train `heads` in place on `batches`, in order.
-
-    Args:
-        base: the frozen base model.
-        heads: changed by the training.
-        batches: see `plan_steps`.
-        config: learning rate, losses and the rest.
-        watch: told about each step.
-        stopped: asked before each step; True ends the run early.
-
-    Returns:
-        Steps done.
-
-    Raises:
-        HydraspecError: the loss is not a number.
+    Attributes:
+        step: optimiser steps done.
+        steps: of the whole run.
+        tokens: trained on so far.
+        seconds: spent in steps so far.
     """
-    _, teacher_weight, data_weight = resolve_recipe(heads.config.kind, config)
-    optimizer = make_optimizer(heads, config)
-    heads.to(base.device).train()
-    tokens, start = 0, time.perf_counter()
-    for step, batch in enumerate(batches):
-        if stopped():
-            return step
-        rate = learning_rate(config, step, len(batches))
-        for group in optimizer.param_groups:
+
+    def __init__(
+        self, base: BaseModel, heads: DraftHeads, config: TrainingConfig, data: Data, accelerator: Accelerator
+    ) -> None:
+        self.config, self.data, self.accelerator = config, data, accelerator
+        self.heads = heads.to(base.device).train()
+        module = TeacherForcedLoss(base, heads, config)
+        self.model, self.optimizer = accelerator.prepare(module, make_optimizer(module, config))
+        self.average: AveragedModel | None = None
+        if config.ema:
+            self.average = AveragedModel(heads, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.device = base.device
+        self.rows_per_step = max(1, config.batch_tokens // config.max_length)
+        self.rows_at_once = max(1, config.micro_tokens // config.max_length)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.steps = math.ceil(data.num_rows / self.rows_per_step)
+        # Dropout and noise differ between processes; weights do not, the first process's are sent to all.
+        torch.manual_seed(config.seed + accelerator.process_index)
+
+    def run(
+        self, watch: Callable[[Progress], None] = lambda _: None, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Train until the end of the plan, or until `stopped` says so between two steps.
+
+        Raises:
+            HydraspecError: a loss is not a number; the weights are as the step before left them.
+        """
+        rows = self.data.rows(self.step * self.rows_per_step)
+        while self.step < self.steps and not stopped():
+            start = time.perf_counter()
+            progress = self._advance(list(islice(rows, self.rows_per_step)))
+            self.seconds += time.perf_counter() - start
+            watch(dataclasses.replace(progress, seconds=self.seconds))
+
+    def _advance(self, rows: Sequence[Row]) -> Progress:
+        """One optimiser step on `rows`, shared out among the processes."""
+        rate = learning_rate(self.config, self.step, self.steps)
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with pick_autocast(base, config.autocast):
-            loss = compute_loss(base, heads, batch, teacher_weight, data_weight)
-        tokens += batch.num_tokens
-        if loss is not None:
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(heads.parameters(), config.clip)
-            optimizer.step()
-        value = float(loss.detach()) if loss is not None else 0.0
-        if not math.isfinite(value):
-            raise HydraspecError(f"the loss is {value} at step {step}: lower --learning-rate, or check the data")
-        watch(Progress(step + 1, len(batches), tokens, value, time.perf_counter() - start))
-    return len(batches)
+        losses, tokens = self.find_gradients(rows)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        values = losses.tolist()
+        if not all(map(math.isfinite, values)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise HydraspecError(
+                f"the loss is {sum(values)} at step {self.step}: lower --learning-rate or check the data, then go on "
+                "from the last checkpoint with --resume"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.heads)
+        self.step += 1
+        self.tokens += tokens
+        return Progress(self.step, self.steps, self.tokens, tuple(values), rate, float(norm), self.seconds)
+
+    def find_gradients(self, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """Add the gradients of one optimiser step, in as many forward passes as memory asks for.
+
+        Returns:
+            The losses of the heads `[K]` and the number of tokens, of all processes together.
+        """
+        processes = self.accelerator.num_processes
+        mine = rows[self.accelerator.process_index :: processes]
+        pieces = [mine[start : start + self.rows_at_once] for start in range(0, len(mine), self.rows_at_once)]
+        batches = [self.data.load(piece) for piece in pieces or [[]]]  # without rows of its own it must still take part
+        anchored = [Anchored.of(batch, self.heads.num_heads, self.device) for batch in batches]
+        # Each head's loss is a mean over all of its anchors in the step, wherever they are computed.
+        own = torch.stack([part.count() for part in anchored]).sum(0)
+        tokens = torch.tensor([float(sum(batch.num_tokens for batch in batches))])
+        sums = self.accelerator.reduce(torch.cat([own, tokens]).to(self.device), "sum").cpu()
+        losses = torch.zeros(self.heads.num_heads, device=self.device)
+        for place, part in enumerate(anchored):
+            hidden = self.data.hidden.read(part.batch)
+            last = place == len(anchored) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                found = self.model(part, hidden, sums[:-1])
+                self.accelerator.backward(found.sum() * processes)  # gradients are averaged over processes
+            losses += found.detach()
+        return self.accelerator.reduce(losses, "sum"), int(sums[-1])
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------------------
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights to deploy, on the CPU: the average over steps where one is kept."""
+        if self.average is not None:
+            return {name: value.detach().cpu() for name, value in self.average.module.state_dict().items()}
+        whole: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
+        return {name.removeprefix("heads."): value for name, value in whole.items()}
+
+    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on: tensors on the CPU, and numbers."""
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
+        optimizer: Any = get_optimizer_state_dict(self.model, self._raw_optimizer, options=_WHOLE)["state"]
+        tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"optimizer.{name}/{k}": v for name, state in optimizer.items() for k, v in state.items()}
+        if self.average is not None:
+            tensors |= {f"average.{k}": v.cpu() for k, v in self.average.state_dict().items()}
+        for process, states in enumerate(gather_object([_read_random_states(self.device)])):
+            tensors |= {f"random.{process}.{name}": state for name, state in states.items()}
+        return tensors, {"tokens": self.tokens, "seconds": self.seconds, "processes": self.accelerator.num_processes}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where `capture` was called."""
+        parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "average": {}, "random": {}}
+        for name, tensor in checkpoint.tensors.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = tensor
+        set_model_state_dict(self.model, parts["model"], options=_WHOLE)
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in parts["optimizer"].items():
+            name, _, entry = key.rpartition("/")
+            states.setdefault(name, {})[entry] = tensor
+        # The groups are made anew from the config; what they learned is per weight.
+        groups = get_optimizer_state_dict(self.model, self._raw_optimizer, options=_WHOLE)["param_groups"]
+        whole: Any = {"state": states, "param_groups": groups}
+        set_optimizer_state_dict(self.model, self._raw_optimizer, whole, options=_WHOLE)
+        if self.average is not None:
+            self.average.load_state_dict(parts["average"])
+        self.step = checkpoint.step
+        self.tokens, self.seconds = int(checkpoint.facts["tokens"]), float(checkpoint.facts["seconds"])
+        own = f"{self.accelerator.process_index}."
+        _set_random_states(
+            {k.removeprefix(own): v for k, v in parts["random"].items() if k.startswith(own)}, self.device
+        )
+
+    @property
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
-@torch.inference_mode()
-def measure_accuracy(base: BaseModel, heads: DraftHeads, examples: Sequence[Example]) -> list[HeadAccuracy]:
-    """Top-1 and top-5 accuracy of each head on held-out conversations, given the true tokens before."""
-    heads.eval()
-    right1 = torch.zeros(heads.num_heads)
-    right5 = torch.zeros(heads.num_heads)
-    total = torch.zeros(heads.num_heads)
-    for batch in make_batches(examples, batch_tokens=4096, seed=0):
-        hidden = base.read_hidden_states(batch.ids.to(base.device))
-        for scored in score_heads(base, heads, batch, hidden):
-            best = scored.logits.topk(5, dim=-1).indices.cpu()
-            right = best == batch.ids[scored.rows, scored.times + scored.head + 2][:, None]
-            right1[scored.head] += right[:, 0].sum()
-            right5[scored.head] += right.any(-1).sum()
-            total[scored.head] += len(right)
-    total = total.clamp_min(1)
-    return [HeadAccuracy(float(a), float(b)) for a, b in zip(right1 / total, right5 / total, strict=True)]
+def _read_random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type != "cuda" else {**states, "cuda": torch.cuda.get_rng_state(device)}
+
+
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
