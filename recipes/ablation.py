@@ -94,5 +94,134 @@ def train(
             print(line, flush=True)
 
 
+@app.command()
+def measure(
+    prompts: Annotated[Path, typer.Option(help="held-out conversations to decode")],
+    out: Annotated[Path, typer.Option(help="the folder that `train` filled")],
+    results: Annotated[Path, typer.Option(help="written with .md, .json and .png behind it")],
+    base: str = "tiny-assistant",
+    count: Annotated[int, typer.Option(help="prompts for the acceptance lengths")] = 100,
+    timed: Annotated[int, typer.Option(help="prompts for the speeds")] = 15,
+    max_new_tokens: int = 64,
+) -> None:
+    """Measure every row that is trained: acceptance predicted and real, size, draft time, speed at its best tree."""
+    from hydraspec.cli.loading import settle_threads, silence_transformers
+    from hydraspec.evaluate.bench import Method as Way
+    from hydraspec.evaluate.bench import compare, decode_with, describe_machine, make_batches
+    from hydraspec.evaluate.suites import read_prompts
+    from hydraspec.files import write_json, write_whole
+    from hydraspec.heads import build_heads
+    from hydraspec.heads.checkpoint import load_heads, read_config
+    from hydraspec.llm import LLM, load
+    from hydraspec.train.validation import compare_acceptance, write_own_texts
+    from hydraspec.tree import find_tree, find_trees
+
+    silence_transformers()
+    settle_threads()
+    llm = load(base, device="cpu", dtype="float32")
+    texts = read_prompts(prompts, llm.codec, count, max_tokens=400)
+    own = write_own_texts(llm.base, texts, max_new_tokens)
+    plain, table = Way("plain", decode_with(LLM(llm.base, llm.codec, None), max_new_tokens)), []
+    batches = make_batches(texts[:timed], 1)
+    for row in ROWS:
+        folder = name_folder(out, row)
+        config, provenance = read_config(folder)
+        ready = load_heads(str(folder), llm.base)
+        tree = find_tree(PREDICTED).cut(config.num_heads)
+        (found,) = compare_acceptance(llm.base, ready, own, [tree], max_new_tokens)
+        ways = [plain]
+        for name in TREES:
+            ways.append(Way(name, decode_with(LLM(llm.base, llm.codec, ready, find_trees(name)), max_new_tokens)))
+        speeds = {row.name: row for row in compare(ways, batches, rounds=3)}
+        best = max((speeds[name] for name in TREES), key=lambda row: row.tokens_per_second)
+        draft = speeds["small-16"]
+        table.append(
+            {
+                "row": row,
+                "parameters": sum(p.numel() for p in build_heads(config).parameters()),
+                "top1": provenance.measured["top1"],
+                "predicted": found.predicted.acceptance_length,
+                "real": found.real,
+                "same_texts": found.same_texts,
+                "tokens": provenance.data,
+                "draft_milliseconds": (draft.step_milliseconds or 0) * draft.stage_shares["draft"],
+                "best_tree": best.name,
+                "tokens_per_second": best.tokens_per_second,
+                "plain_tokens_per_second": speeds["plain"].tokens_per_second,
+                "against_plain": best.speedup,
+                "identical": best.identical,
+            }
+        )
+        print(
+            f"{row}: predicted {found.predicted.acceptance_length:.3f}, real {found.real:.3f}, {best.speedup:.2f}x with "
+            f"{best.name}",
+            flush=True,
+        )
+    facts = {"machine": describe_machine(), "base": base, "prompts": count, "tree": PREDICTED}
+    write_json(results.with_suffix(".json"), {**facts, "common": COMMON, "rows": table})
+    page = write_page(table, facts)
+    write_whole(results.with_suffix(".md"), lambda file: file.write_text(page, encoding="utf-8"))
+    draw(table, results.with_suffix(".png"))
+
+
+def write_page(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The table as Markdown, with what each step changed."""
+    real = {entry["row"]: entry["real"] for entry in table}
+    before = {
+        "Hydra": "Medusa",
+        "Hydra + noise": "Hydra",
+        "Hydra + teacher loss": "Hydra",
+        "+ prefix attention": "Hydra + teacher loss",
+        "+ 4 layers = Hydra++": "+ prefix attention",
+        "Hydra++, shared blocks": "+ 4 layers = Hydra++",
+        "EAGLE-style": "+ 4 layers = Hydra++",
+    }
+    lines = [
+        "# From Medusa to Hydra++ on one base model",
+        "",
+        f"Base {facts['base']}; every row was trained on the same tokens ({table[0]['tokens']}) with the same learning",
+        f"rate, batch and draft vocabulary of {COMMON['draft-vocabulary']}. {facts['prompts']} held-out prompts, greedy,",
+        f"float32; acceptance with the tree {facts['tree']}.",
+        "",
+        f"Speeds: {facts['machine']['cpu']}, {facts['machine']['threads']} threads, batch 1; each against plain decoding",
+        f"in turn with it. Draft: with small-16. Best tree: of {', '.join(TREES)}.",
+        "",
+        "| row | parameters | top-1 by head | predicted | real | error | against | draft ms | best tree | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in table:
+        row, error = entry["row"], entry["predicted"] / entry["real"] - 1
+        change = entry["real"] / real[before[row]] - 1 if row in before else 0.0
+        verdict = f"{change:+.1%} on {before[row]}" if row in before else ""
+        if row in before and change <= 0:
+            verdict += ": does not help here"
+        lines.append(
+            f"| {row} | {entry['parameters'] / 1e6:.2f} M | {' '.join(f'{x:.0%}' for x in entry['top1'])} "
+            f"| {entry['predicted']:.3f} | {entry['real']:.3f} | {error:+.2%} | {verdict} "
+            f"| {entry['draft_milliseconds']:.2f} | {entry['best_tree']} "
+            f"| {entry['tokens_per_second']:.0f} ({entry['against_plain']:.2f}x) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: list[dict[str, Any]], file: Path) -> None:
+    """Acceptance lengths as bars, predicted beside real."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4))
+    places = range(len(table))
+    axes.barh([p - 0.2 for p in places], [entry["real"] for entry in table], 0.4, label="real")
+    axes.barh([p + 0.2 for p in places], [entry["predicted"] for entry in table], 0.4, label="predicted")
+    axes.set_yticks(list(places), [entry["row"] for entry in table])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens a step, greedy, 63 nodes")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
 if __name__ == "__main__":
     app()

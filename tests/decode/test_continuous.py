@@ -39,7 +39,8 @@ def test_arrivals_and_aborts_in_any_order_change_nothing(tiny_llama, scripted, t
     """Of 100 orders a quarter here, each with another mix of limits; the heads and tables change with the order too."""
     for kind in range(4):
         chance = random.Random(100 * order + kind)
-        heads = scripted if kind < 3 else new_heads(tiny_llama, "hydra++").prepare(tiny_llama)
+        name = "eagle" if order % 2 else "hydra++"
+        heads = scripted if kind < 3 else new_heads(tiny_llama, name).prepare(tiny_llama)
         config = EngineConfig(
             max_batch=chance.randint(1, 4),
             max_length=128,
@@ -166,9 +167,10 @@ def test_the_tree_follows_the_load(tiny_llama, scripted, truth):
     assert [job.output.token_ids for job in jobs] == [truth[n][: 2 + 5 * n] for n in range(4)]
 
 
-def test_heads_read_what_they_missed_while_nobody_drafted(tiny_llama, truth):
-    """Hydra++ remembers every position: after plain steps its context is the one of an engine that always drafted."""
-    heads = new_heads(tiny_llama, "hydra++").prepare(tiny_llama)
+@pytest.mark.parametrize("kind", ["hydra++", "eagle"])
+def test_heads_read_what_they_missed_while_nobody_drafted(tiny_llama, kind):
+    """These remember every position: after plain steps it is as in an engine that always drafted."""
+    heads = new_heads(tiny_llama, kind).prepare(tiny_llama)
     contexts = []
     for trees in ("2:root", "2:chain-1"):
         engine = Engine(tiny_llama, heads, TreeTable([*find_trees(trees).entries, (3, find_tree("chain-1"))]))
@@ -178,7 +180,10 @@ def test_heads_read_what_they_missed_while_nobody_drafted(tiny_llama, truth):
             engine.step()
         with torch.inference_mode():
             engine._running.catch_up()
-        contexts.append({tuple(engine._running.held(row)): engine._running.heads.context[row] for row in (0, 1)})
+        memory = engine._running.heads.memory
+        keys = getattr(memory, "cache", memory).slabs[0]
+        texts = [tuple(engine._running.held(row)) for row in (0, 1)]
+        contexts.append({text: keys[:, row, :, : len(text)] for row, text in enumerate(texts)})
     shared = contexts[0].keys() & contexts[1].keys()
     assert shared
     for text in shared:
@@ -199,10 +204,13 @@ def test_memory_is_planned_and_limits_are_kept(tiny_llama):
 
 
 def test_the_plan_counts_the_heads_caches(tiny_llama):
-    heads = new_heads(tiny_llama, "hydra++").prepare(tiny_llama)
-    engine = Engine(tiny_llama, heads, find_tree("chain-2"), EngineConfig(max_batch=2, max_length=50))
-    caches = [engine._running.cache, engine._running.heads.memory]
-    assert engine.plan.bytes == sum(slab.nbytes for cache in caches for slab in cache.slabs)
+    for kind in ("hydra++", "eagle"):
+        heads = new_heads(tiny_llama, kind).prepare(tiny_llama)
+        engine = Engine(tiny_llama, heads, find_tree("chain-2"), EngineConfig(max_batch=2, max_length=50))
+        memory = engine._running.heads.memory
+        tensors = [*engine._running.cache.slabs, *getattr(memory, "cache", memory).slabs]
+        tensors += [memory.before] if kind == "eagle" else []
+        assert engine.plan.bytes == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("heads", [None, "scripted"])

@@ -3,10 +3,11 @@ import torch
 
 from hydraspec.base.model import BaseModel
 from hydraspec.config import EngineConfig
-from hydraspec.decode.batch import Job
+from hydraspec.decode.batch import Job, RunningBatch
 from hydraspec.decode.engine import Engine, emit
+from hydraspec.decode.forwards import EagerForwards
 from hydraspec.errors import RequestError, TreeError
-from hydraspec.heads import cut_vocabulary, new_heads
+from hydraspec.heads import KINDS, cut_vocabulary, new_heads
 from hydraspec.tree import find_tree, find_trees
 from hydraspec.types import Output, Request
 from tests.conftest import Script, ScriptedHeads, generate_plainly, make_model, random_prompts
@@ -65,11 +66,46 @@ def test_wrong_guesses_cost_nothing_but_time(tiny_llama, truth):
     assert outputs[0].token_ids == truth[0][:NEW]
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
-def test_untrained_heads_change_nothing(tiny_llama, truth, kind):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tree", TREES)
+def test_untrained_heads_change_nothing(tiny_llama, truth, kind, tree):
     heads = new_heads(tiny_llama, kind).prepare(tiny_llama)
-    outputs, _ = run(tiny_llama, heads, "published-63", [Request(tuple(p), NEW) for p in PROMPTS])
-    assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth]
+    for chosen in (slice(0, 4), slice(1, 2)):
+        outputs, _ = run(tiny_llama, heads, tree, [Request(tuple(p), NEW) for p in PROMPTS[chosen]])
+        assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth[chosen]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forward", ["eager", "static"])
+def test_every_draft_is_what_the_text_alone_would_get(tiny_llama, truth, kind, forward):
+    """Accepted tokens, rows that come and go and what others in the batch say leave no trace in what heads remember."""
+    heads = new_heads(tiny_llama, kind, prefix_layer="plain", prefix_window=0).prepare(tiny_llama)
+    tree = find_tree("small-16")
+    limits = [NEW, 7, NEW - 9, 23]
+    engine = Engine(tiny_llama, heads, tree, EngineConfig(forward=forward, max_batch=3))
+    for prompt, limit in zip(PROMPTS, limits, strict=True):
+        engine.submit(Request(tuple(prompt), limit))
+    seen, draft = {}, engine._forwards.draft
+
+    def watch(tree):
+        drafted = draft(tree)
+        for row, tokens in enumerate(drafted.tokens.tolist()):
+            text = (*engine._running.held(row), tokens[0])
+            seen[text] = tokens
+        return drafted
+
+    engine._forwards.draft = watch
+    while not engine.is_idle:
+        engine.step()
+    assert len(seen) > 60
+    for text in list(seen)[::9]:
+        alone = RunningBatch(tiny_llama, heads, 1, 120)
+        with torch.inference_mode():
+            ids = torch.tensor([text])
+            hidden = tiny_llama.prefill(ids[:, :-1], [len(text) - 1], alone.cache).hidden
+            alone.observe(hidden, ids[:, :-1], [len(text) - 1], slice(0, 1))
+            alone.active, alone.root[0] = 1, text[-1]
+            assert EagerForwards(tiny_llama, heads, alone).draft(tree).tokens[0].tolist() == seen[text]
 
 
 @pytest.mark.parametrize("tree", ["root", "small-16", "1:small-16,2:chain-2,3:root"])
@@ -82,8 +118,9 @@ def test_static_shapes_change_nothing(tiny_llama, truth, tree):
     assert [o.token_ids for o in outputs] == [t[:n] for t, n in zip(truth, limits, strict=True)]
 
 
-def test_a_cut_vocabulary_changes_nothing(tiny_llama, truth):
-    heads = cut_vocabulary(new_heads(tiny_llama, "hydra++"), torch.arange(96), 20).prepare(tiny_llama)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_vocabulary_changes_nothing(tiny_llama, truth, kind):
+    heads = cut_vocabulary(new_heads(tiny_llama, kind), torch.arange(96), 20).prepare(tiny_llama)
     outputs, _ = run(tiny_llama, heads, "published-63", [Request(tuple(p), NEW) for p in PROMPTS])
     assert [o.token_ids for o in outputs] == [t[:NEW] for t in truth]
 
@@ -116,7 +153,7 @@ def test_decoding_goes_up_to_the_last_position_of_the_context(tiny_llama):
     assert prompt + outputs[0].token_ids == text
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra++"])
+@pytest.mark.parametrize("kind", ["medusa", "hydra++", "eagle"])
 def test_learned_positions_are_never_asked_for_beyond_the_context(kind):
     base = BaseModel(make_model("gpt2", n_positions=64), "gpt2")
     prompts = random_prompts([58, 12])

@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +6,6 @@ from hydraspec.base.model import BaseModel
 from hydraspec.errors import HydraspecError, UnsupportedModel
 from hydraspec.heads import KINDS, HeadState, cut_vocabulary, new_heads
 from hydraspec.heads.residual import ResidualHeads
-from hydraspec.tree import Tree
 from tests.conftest import make_model
 
 RESIDUAL = [kind for kind, made in KINDS.items() if issubclass(made, ResidualHeads)]
@@ -116,36 +113,6 @@ def test_looked_up_first_blocks_are_the_computed_ones(tiny_llama, layers):
         fast = heads.guess(head, state, path, tiny_llama, nodes)
         heads._tables = None
         torch.testing.assert_close(fast, heads.guess(head, state, path, tiny_llama, nodes), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"prefix_window": 5, "prefix_layer": "plain"}], ids=str)
-def test_training_sees_what_decoding_sees(tiny_llama, kind, options):
-    if options and kind in ("medusa", "hydra"):
-        pytest.skip("no decoder layer")
-    heads = _scramble(new_heads(tiny_llama, kind, num_heads=3, **options)).requires_grad_(False)
-    ready = copy.deepcopy(heads).prepare(tiny_llama)
-    tree = Tree([[0], [1], [0, 0], [1, 0], [0, 0, 0], [1, 0, 0]])
-    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(2))
-    hidden, embeddings = torch.randn(2, 12, 64), tiny_llama.embed(ids)
-    seen = [[7, 2], [5, 2]]  # tokens that each text has after a prompt and an accepted path of its own length
-    state, rows = ready.new_state(2, 40), slice(0, 2)
-    ready.observe(state, hidden[:, :7], ids[:, :7], [first for first, _ in seen], rows)
-    after = torch.stack([hidden[row, first : first + 2] for row, (first, _) in enumerate(seen)])
-    tokens = torch.stack([ids[row, first : first + 2] for row, (first, _) in enumerate(seen)])
-    ready.observe(state, after, tokens, [more for _, more in seen], rows)
-    last = [sum(counts) - 1 for counts in seen]  # the anchor: the root comes next
-    filled = torch.zeros(2, tree.num_nodes, dtype=torch.long)
-    for row, t in enumerate(last):  # one branch follows the text, the other goes astray
-        filled[row] = torch.tensor([ids[row, t + 1], ids[row, t + 2], 5, ids[row, t + 3], 9, 8, 7])
-    state = state.first(2, ready.count_view(state, 2, tree.num_nodes))
-    anchors = [torch.tensor([t + 12 * row for row, t in enumerate(last)])] * 3
-    states = heads.draft_states(hidden, embeddings, anchors)
-    for depth, stage in enumerate(tree.expansion):
-        path = filled[:, stage.paths.flatten()].view(2, *stage.paths.shape)
-        found = ready.guess(depth, state, path, tiny_llama, stage.paths)[:, 0]
-        weight, bias = heads.vocabulary_weight(depth, tiny_llama)
-        torch.testing.assert_close(found, F.linear(states[depth], weight, bias), rtol=1e-4, atol=1e-4)
 
 
 def test_prefix_attention_looks_back(tiny_llama):
