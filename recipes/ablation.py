@@ -129,10 +129,9 @@ def measure(
         ready = load_heads(str(folder), llm.base)
         tree = find_tree(PREDICTED).cut(config.num_heads)
         (found,) = compare_acceptance(llm.base, ready, own, [tree], max_new_tokens)
-        ways = [plain]
-        for name in TREES:
-            ways.append(Way(name, decode_with(LLM(llm.base, llm.codec, ready, find_trees(name)), max_new_tokens)))
-        speeds = {row.name: row for row in compare(ways, batches, rounds=3)}
+        own_llms = [LLM(llm.base, llm.codec, ready, find_trees(name)) for name in TREES]
+        ways = [Way(own.tree.name, decode_with(own, max_new_tokens)) for own in own_llms]
+        speeds = {row.name: row for row in compare([plain, *ways], batches, rounds=3)}
         best = max((speeds[name] for name in TREES), key=lambda row: row.tokens_per_second)
         draft = speeds["small-16"]
         table.append(
@@ -152,11 +151,8 @@ def measure(
                 "identical": best.identical,
             }
         )
-        print(
-            f"{row}: predicted {found.predicted.acceptance_length:.3f}, real {found.real:.3f}, {best.speedup:.2f}x with "
-            f"{best.name}",
-            flush=True,
-        )
+        lengths = f"predicted {found.predicted.acceptance_length:.3f}, real {found.real:.3f}"
+        print(f"{row}: {lengths}, {best.speedup:.2f}x with {best.name}", flush=True)
     facts = {"machine": describe_machine(), "base": base, "prompts": count, "tree": PREDICTED}
     write_json(results.with_suffix(".json"), {**facts, "common": COMMON, "rows": table})
     page = write_page(table, facts)
@@ -179,12 +175,12 @@ def write_page(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# From Medusa to Hydra++ on one base model",
         "",
-        f"Base {facts['base']}; every row was trained on the same tokens ({table[0]['tokens']}) with the same learning",
-        f"rate, batch and draft vocabulary of {COMMON['draft-vocabulary']}. {facts['prompts']} held-out prompts, greedy,",
-        f"float32; acceptance with the tree {facts['tree']}.",
+        f"Base {facts['base']}; every row was trained on the same tokens ({table[0]['tokens']}) with the same",
+        f"learning rate, batch and draft vocabulary of {COMMON['draft-vocabulary']}.",
+        f"Acceptance: {facts['prompts']} held-out prompts, greedy, float32, with the tree {facts['tree']}.",
         "",
-        f"Speeds: {facts['machine']['cpu']}, {facts['machine']['threads']} threads, batch 1; each against plain decoding",
-        f"in turn with it. Draft: with small-16. Best tree: of {', '.join(TREES)}.",
+        f"Speeds: {facts['machine']['cpu']}, {facts['machine']['threads']} threads, batch 1, each in turn with plain",
+        f"decoding, against which it is given. Draft: with small-16. Best tree: of {', '.join(TREES)}.",
         "",
         "| row | parameters | top-1 by head | predicted | real | error | against | draft ms | best tree | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|",

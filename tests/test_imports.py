@@ -18,7 +18,8 @@ TIERS = [
     ["accept", "base", "text"],
     ["heads"],
     ["decode"],
-    ["train", "llm"],
+    ["llm"],
+    ["train"],
     ["evaluate"],
     ["cli"],
 ]

@@ -135,6 +135,21 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class RegenerationConfig:
+    """How a base model answers a data set's prompts itself."""
+
+    max_new_tokens: int = option(512, "tokens of an answer at most; a conversation ends with one that is cut")
+    max_length: int = option(2048, "tokens of a conversation at most; it ends where they, or the context, are used up")
+    text_tokens: int = option(64, "of a plain text, tokens that are kept; the base model continues them")
+    limit: int = option(0, "conversations to take, from the first on; 0: all")
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("max_length", 2), ("text_tokens", 1), ("limit", 0)):
+            if getattr(self, name) < least:
+                raise HydraspecError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """One training run of draft heads on a frozen base model; what is left out, the recipe decides."""
 

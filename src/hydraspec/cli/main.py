@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hydraspec import __version__
-from hydraspec.cli import bench, chat, demo, generate, info, train
+from hydraspec.cli import bench, chat, demo, generate, info, regenerate, train
 from hydraspec.errors import HydraspecError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("train")(train.train_heads)
+app.command("regenerate")(regenerate.regenerate_data)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

@@ -65,6 +65,17 @@ def read_conversations(source: str | Path, limit: int | None = None) -> Iterator
     return islice(_read_all(str(source)), limit)
 
 
+def count_conversations(source: str | Path, limit: int = 0) -> int | None:
+    """How many there are, or `limit` if there are more; None: a data set, which would have to be fetched to be counted.
+
+    Raises:
+        DataError: see `read_conversations`.
+    """
+    if str(source).startswith(DATASETS) or Path(source).is_dir():
+        return limit or None
+    return sum(1 for _ in read_conversations(source, limit or None))
+
+
 def _read_all(source: str) -> Iterator[Conversation]:
     file = Path(source)
     if source.startswith(DATASETS) or file.is_dir():
