@@ -7,9 +7,10 @@ import torch
 
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError, HydraspecError
-from hydraspec.train import hidden_states, run
-from hydraspec.train.hidden_states import HiddenStates, OnlineStates, write_hidden_states
+from hydraspec.train import run, states_writer
+from hydraspec.train.hidden_states import HiddenStates, OnlineStates
 from hydraspec.train.packing import load_batch
+from hydraspec.train.states_writer import write_hidden_states
 from tests.conftest import make_model
 from tests.train.conftest import make_store, prepare_small
 
@@ -67,7 +68,7 @@ def test_states_of_other_things_are_refused(small_base, written, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_the_first_byte(small_base, tmp_path, monkeypatch):
     store = make_store(tmp_path / "tokens")
-    monkeypatch.setattr(hidden_states.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(states_writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(HydraspecError, match=r"need 0 MB, but the disk of .* has 0 MB free"):
         write_hidden_states(small_base, store, tmp_path / "states")
     assert not (tmp_path / "states").exists()

@@ -26,12 +26,13 @@ from hydraspec.shipped import find_shipped
 from hydraspec.text import TextCodec
 from hydraspec.train.checkpoint import has_checkpoints, load_checkpoint, save_checkpoint
 from hydraspec.train.forward import wants_bfloat16
-from hydraspec.train.hidden_states import HiddenStates, OnlineStates, count_bytes, write_hidden_states
+from hydraspec.train.hidden_states import HiddenStates, OnlineStates
 from hydraspec.train.loop import Data, HiddenSource, Trainer
 from hydraspec.train.packing import RowPlan, load_batch
 from hydraspec.train.progress import Saver, follow, listen_for_stop
 from hydraspec.train.recipes import describe_losses, resolve_recipe
 from hydraspec.train.report import measure_heads
+from hydraspec.train.states_writer import count_bytes, write_hidden_states
 from hydraspec.train.store import TokenStore, prepare_stores
 
 logger = logging.getLogger(__name__)
