@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from hydraspec.cli.main import run
 from hydraspec.shipped import find_shipped
+from tests.cli.conftest import assert_refused
 from tests.conftest import make_model
 
 TALK = json.dumps(
@@ -19,29 +18,6 @@ TALK = json.dumps(
         ]
     }
 )
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hydraspec", *map(str, words)])
-        try:
-            run()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        seen = capsys.readouterr()
-        return code, seen.out, seen.err
-
-    return call
-
-
-def assert_refused(result: tuple[int, str, str], message: str) -> None:
-    code, _, err = result
-    assert code == 2
-    assert err.startswith("hydraspec: ")
-    assert err.count("\n") == 1
-    assert message in err
 
 
 def test_generate_prints_the_answer(call, shipped):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cli.test_cli import assert_refused, call  # noqa: F401
+from tests.cli.conftest import assert_refused
 
 WORDS = ("--base", "tiny-assistant", "--max-new-tokens", "12", "--batch", "2")
 
@@ -21,7 +21,7 @@ def data(tmp_path):
     return file
 
 
-def test_ctrl_c_keeps_what_is_written_and_the_same_command_goes_on(call, data, tmp_path):  # noqa: F811
+def test_ctrl_c_keeps_what_is_written_and_the_same_command_goes_on(call, data, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert call("regenerate", data, *WORDS, "--heads", "hydra", "--out", whole)[0] == 0
     part = tmp_path / "out.jsonl.part"
@@ -43,7 +43,7 @@ def test_ctrl_c_keeps_what_is_written_and_the_same_command_goes_on(call, data, t
     assert json.loads((tmp_path / "out.jsonl.json").read_text())["written"] == 40
 
 
-def test_mistakes_are_one_line(call, data, tmp_path):  # noqa: F811
+def test_mistakes_are_one_line(call, data, tmp_path):
     out = tmp_path / "out.jsonl"
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": ')

@@ -250,6 +250,8 @@ class BaseModel:
                 nodes = sorted(set(path), key=path.index)
                 text = torch.cat([prompts[row, :length], tokens[row, nodes]])
                 plain = self.model(input_ids=text[None], use_cache=False).logits[0, length:].float()
+                if not plain.isfinite().all():
+                    raise UnsupportedModel(f"{self.name} says nan: its weights are damaged; fetch or save them again")
                 error = (seen.logits[row, nodes].float() - plain).abs().max() / plain.std().clamp_min(1e-6)
                 if not error < tolerance:
                     raise UnsupportedModel(

@@ -143,8 +143,8 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             self.optimizer.zero_grad(set_to_none=True)
             raise HydraspecError(
-                f"the loss is {sum(values)} at step {self.step}: lower --learning-rate or check the data, then go on "
-                "from the last checkpoint with --resume"
+                f"the loss is {sum(values)} at step {self.step}: check the data, or go on from the last checkpoint "
+                "with --resume and a lower --learning-rate"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -38,8 +38,9 @@ from hydraspec.train.store import TokenStore, prepare_stores
 logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "training"  # beside the heads, until the run is complete
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation; the second line changes what is learned from there on.
 _MAY_CHANGE = ("checkpoint_minutes", "checkpoint_steps", "held_out_prompts", "micro_tokens")
+_MAY_BE_LOWERED = ("learning_rate", "final_learning_rate", "clip")
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ def train_to_folder(run: Run, console: Console) -> bool:
     fresh = not run.out.exists()
     try:
         prepared = prepare(run, console)
+        trainer = make_trainer(prepared)
+        resume(prepared, trainer)
+        announce(prepared, trainer)
     except BaseException:
         if fresh:  # nothing has been trained: leave nothing behind
             shutil.rmtree(run.out, ignore_errors=True)
         raise
-    trainer = make_trainer(prepared)
-    resume(prepared, trainer)
-    announce(prepared, trainer)
     saver = Saver(run.config, lambda: save_state(prepared, trainer))
     with listen_for_stop() as stop:
         follow(prepared.console, trainer, saver, stop, prepared.accelerator)
@@ -105,6 +106,7 @@ def train_to_folder(run: Run, console: Console) -> bool:
     if not done:
         saver.save_now()
     finish(prepared, trainer, done)
+    prepared.accelerator.end_training()
     return done
 
 
@@ -114,6 +116,8 @@ def check(run: Run) -> Run:
     started = has_checkpoints(run.state)
     if run.out.exists() and not run.out.is_dir():
         raise HydraspecError(f"{run.out} is a file: name a folder for the heads")
+    if run.resume and not started and (run.out / "config.json").is_file():
+        raise HydraspecError(f"the run in {run.out} is complete: there is nothing to resume")
     if run.resume and not started:
         raise HydraspecError(f"{run.out} holds no checkpoint to resume: leave --resume out, or name the run's folder")
     others = [p for p in run.out.iterdir() if p.name != STATE_FOLDER] if run.out.is_dir() else []
@@ -134,7 +138,7 @@ def prepare(run: Run, console: Console) -> Prepared:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         log_with=list(run.trackers) or None,
-        project_dir=str(run.out),
+        project_dir=str(run.out / "logs"),
     )
     if run.trackers:
         accelerator.init_trackers("hydraspec", {k: v for k, v in config.to_dict().items() if not isinstance(v, tuple)})
@@ -248,13 +252,13 @@ def resume(prepared: Prepared, trainer: Trainer) -> None:
     for key, meaning in (("base", "base model"), ("data", "data")):
         if before[key] != now[key]:
             raise HydraspecError(f"{prepared.run.out} was begun with other {meaning}: resume it with the same")
-    changed = [k for k in now["config"] if before["config"].get(k) != now["config"][k]]
-    if changed:
-        key = changed[0]
-        raise HydraspecError(
-            f"{prepared.run.out} was begun with {key} {before['config'].get(key)}, not {now['config'][key]}: resume it "
-            "with the same options"
-        )
+    for key in (k for k in now["config"] if before["config"].get(k) != now["config"][k]):
+        was, is_now = before["config"].get(key), now["config"][key]
+        if key not in _MAY_BE_LOWERED:
+            raise HydraspecError(
+                f"{prepared.run.out} was begun with {key} {was}, not {is_now}: resume it with the same options"
+            )
+        prepared.console.print(f"{key} is {is_now} from here on; it was {was}")
     trainer.restore(checkpoint)
     prepared.console.print(f"resumed after step {trainer.step:,} of {trainer.steps:,}")
 
@@ -339,6 +343,10 @@ def finish(prepared: Prepared, trainer: Trainer, done: bool) -> None:
         return
     if len(prepared.held_out):
         measured |= measure_heads(prepared.base, heads, prepared.held_out, run.config, console)
+        lengths = {
+            f"{tree}/{key}": value for tree, found in measured["acceptance"].items() for key, value in found.items()
+        }
+        prepared.accelerator.log(lengths, step=trainer.step)
         save_heads(heads, run.out, provenance)
     shutil.rmtree(run.state, ignore_errors=True)
     console.print(f"saved to {run.out}")
