@@ -191,9 +191,9 @@ def attend(
     sinks = sinks if s_aux is None else s_aux
     if softcap is not None or sinks is not None:
         return _attend_explicitly(query, key, value, attention_mask, scale, softcap, sinks, group), None
-    layout = _layout.get()
-    if layout.segments is not None and layout.bias is not None and _is_same(attention_mask, layout.bias):
-        out = _attend_in_segments(query, key, value, layout.segments, scale, group)
+    segments = _find_own_segments(attention_mask)
+    if segments is not None:
+        out = _attend_in_segments(query, key, value, segments, scale, group)
     elif group > 1 and attention_mask is not None:
         # The query heads of a group become more rows of one head: keys and values are read once, not repeated.
         rows = query.reshape(batch, heads // group, group * length, width)
@@ -208,9 +208,15 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _is_same(mask: Tensor | None, bias: Tensor) -> bool:
-    """Whether a mask that a model hands on is `bias` itself: then no window or other rule of the model's is in it."""
-    return mask is not None and mask.data_ptr() == bias.data_ptr() and mask.numel() == bias.numel()
+def _find_own_segments(mask: Tensor | None) -> tuple[tuple[int, int, int], ...] | None:
+    """The segments of the layout whose own bias `mask` is: then no window or other rule of the model's is in it."""
+    if mask is None or torch.compiler.is_compiling():  # a compiler can follow neither the context nor the pointers
+        return None
+    layout = _layout.get(None)  # fast paths attend without one
+    if layout is None or layout.segments is None or layout.bias is None:
+        return None
+    is_same = mask.data_ptr() == layout.bias.data_ptr() and mask.numel() == layout.bias.numel()
+    return layout.segments if is_same else None
 
 
 def _attend_in_segments(

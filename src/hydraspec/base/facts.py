@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hydraspec.base.cache import LayerShape
+from hydraspec.base.quantised import is_plain_weight
 from hydraspec.errors import HydraspecError, UnsupportedModel
 
 
@@ -81,7 +82,7 @@ def store_columns_first(model: nn.Module) -> None:
     the library need not rearrange the whole weight for each product. A product of one row is as fast as before.
     """
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and is_plain_weight(layer.weight):
             layer.weight.data = layer.weight.data.t().contiguous().t()
 
 

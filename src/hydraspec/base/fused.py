@@ -16,6 +16,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from hydraspec.base.attention import StepLayout, attend, build_mask
 from hydraspec.base.cache import LayerShape, SlotCache
 from hydraspec.base.packed import BYTES_LIMIT, PackedLinear
+from hydraspec.base.quantised import is_plain_linear
 
 # The parts that a decoder must have, and nothing else: another norm or another product is another model.
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -186,7 +187,7 @@ def fuse(model: Any, limit: int = BYTES_LIMIT) -> FusedLlama | None:
     """
     decoder = model.base_model
     output = None if decoder is model else model.get_output_embeddings()
-    if not _is_plain(decoder) or not (output is None or type(output) is nn.Linear):
+    if not _is_plain(decoder) or not (output is None or is_plain_linear(output)):
         return None
     copied = [*decoder.layers.parameters(), *([] if output is None else output.parameters())]
     if sum(parameter.numel() * parameter.itemsize for parameter in copied) > limit:
@@ -220,7 +221,7 @@ def _is_plain(decoder: Any) -> bool:
         config.hidden_act == "silu"
         and getattr(rotary, "rope_type", None) not in (None, *_CHANGING)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        and all(type(linear) is nn.Linear for linear in linears)
+        and all(is_plain_linear(linear) for linear in linears)
         and all([name for name, _ in norm.named_parameters()] == ["weight"] for norm in norms)
         and len({getattr(norm, "variance_epsilon", None) for norm in norms} | {None}) == 2
         and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1

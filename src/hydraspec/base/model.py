@@ -26,6 +26,7 @@ from hydraspec.base.facts import (
 )
 from hydraspec.base.fused import fuse
 from hydraspec.base.generation import GenerationDefaults
+from hydraspec.base.quantised import find_quantisation, refuse_quantised_output
 from hydraspec.errors import CheckpointError, HydraspecError, UnsupportedModel
 from hydraspec.hub import fetch
 from hydraspec.tree.topology import Tree
@@ -60,10 +61,11 @@ class BaseModel:
         self.model = model.eval().requires_grad_(False)
         self.name = name or str(model.config._name_or_path)
         self.config = model.config.get_text_config(decoder=True)
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
         self.output_layer: nn.Module = model.get_output_embeddings()
         self.input_layer: nn.Module = model.get_input_embeddings()
+        refuse_quantised_output(self.output_layer, self.name)
+        parameter = self.input_layer.get_parameter("weight")
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.hidden_size = int(self.config.hidden_size)
         self.vocab_size = len(self.output_layer.get_parameter("weight"))
         self.max_length = find_context(self.config)
@@ -115,9 +117,11 @@ class BaseModel:
         if kind is None:
             raise UnsupportedModel(f"{name} is of type {config.model_type}, which is no causal language model")
         refuse_unfit(kind, config, name)
+        # Quantised weights are made for a device; others are moved to it below.
+        place = {"device_map": {"": device}} if find_quantisation(config, name) else {}
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", output_loading_info=True
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True, **place
             )
         except Exception as error:
             raise CheckpointError(f"the weights of {name} cannot be read: {first_line(error)}") from error
@@ -127,7 +131,7 @@ class BaseModel:
                 f"{name} lacks {len(missing)} of its tensors, the first is {missing[0]}; copy it again"
             )
         try:
-            model = model.to(device)
+            model = model if place else model.to(device)
         except torch.OutOfMemoryError as error:
             raise HydraspecError(f"{name} does not fit the memory of {device}: {first_line(error)}") from error
         base = cls(model, name, self_check)
@@ -244,7 +248,8 @@ class BaseModel:
         cache = self.new_cache(2, 5 + tree.num_nodes)
         self.prefill(prompts, lengths, cache)
         seen = self.verify(tokens, tree, cache)
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.25  # wrong masks are off by 1.5 deviations and more
+        exact = self.dtype == torch.float32 and not hasattr(self.config, "quantization_config")
+        tolerance = 1e-3 if exact else 0.25  # wrong masks are off by 1.5 deviations and more
         for row, length in enumerate(lengths):
             for path in tree.leaf_paths.tolist():
                 nodes = sorted(set(path), key=path.index)
