@@ -191,8 +191,8 @@ def test_another_run_cannot_be_resumed(tmp_path, small_base):
     prepared = prepare_small(tmp_path, small_base)
     trainer = run.make_trainer(prepared)
     run.save_state(prepared, trainer)
-    other = prepare_small(tmp_path, small_base, resume=True, learning_rate=0.5)
-    with pytest.raises(HydraspecError, match=r"begun with learning_rate 0.01, not 0.5"):
+    other = prepare_small(tmp_path, small_base, resume=True, head_decay=0.5)
+    with pytest.raises(HydraspecError, match=r"begun with head_decay 1.0, not 0.5"):
         run.resume(other, run.make_trainer(other))
     strange = BaseModel(make_model("llama", intermediate_size=64), "other")
     other = prepare_small(tmp_path, strange, resume=True)
@@ -214,19 +214,24 @@ def test_an_ended_run_saves_heads_and_a_checkpoint(tmp_path, small_base):
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    script = Path(__file__).with_name("two_processes.py")
-    weights = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(script), str(processes), str(out)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    """Each of them, sharded or not, and resumed from its third step as well."""
+    script, weights = Path(__file__).with_name("two_processes.py"), []
+    for words in (["1", "one"], ["2", "two"], ["2", "sharded"]):
+        out = tmp_path / words[1]
+        done = subprocess.run(
+            [sys.executable, str(script), words[0], str(out), words[1]],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
         assert done.returncode == 0, done.stderr
         weights.append(load_file(out / "weights.safetensors"))
     for name, tensor in weights[0].items():  # sums of another order, which AdamW makes larger: 0.5% of a step
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=5e-5)
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=5e-5)
 
 
 def test_a_config_knows_what_may_change():
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
-    assert set(run._MAY_CHANGE) <= names
+    assert {*run._MAY_CHANGE, *run._MAY_BE_LOWERED} <= names

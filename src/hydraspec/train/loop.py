@@ -182,20 +182,25 @@ class Trainer:
     # -- what a checkpoint holds -----------------------------------------------------------------------------------
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """The weights to deploy, on the CPU: the average over steps where one is kept."""
+        """The weights to deploy, on the CPU: the average over steps where one is kept. All processes must ask."""
         if self.average is not None:
-            return {name: value.detach().cpu() for name, value in self.average.module.state_dict().items()}
+            averaged: dict[str, Any] = get_model_state_dict(self.average.module, options=_WHOLE)
+            return averaged
         whole: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
         return {name.removeprefix("heads."): value for name, value in whole.items()}
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on: tensors on the CPU, and numbers."""
+        """Everything that the next step depends on: tensors on the CPU, and numbers.
+
+        All processes must ask; where weights are sharded, the first one alone gets all tensors.
+        """
         weights: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
-        optimizer: Any = get_optimizer_state_dict(self.model, self._raw_optimizer, options=_WHOLE)["state"]
+        optimizer: Any = get_optimizer_state_dict(self.model, self._raw_optimizer, options=_WHOLE).get("state", {})
         tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
         tensors |= {f"optimizer.{name}/{k}": v for name, state in optimizer.items() for k, v in state.items()}
         if self.average is not None:
-            tensors |= {f"average.{k}": v.cpu() for k, v in self.average.state_dict().items()}
+            average: dict[str, Any] = get_model_state_dict(self.average, options=_WHOLE)
+            tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
         for process, states in enumerate(gather_object([_read_random_states(self.device)])):
             tensors |= {f"random.{process}.{name}": state for name, state in states.items()}
         return tensors, {"tokens": self.tokens, "seconds": self.seconds, "processes": self.accelerator.num_processes}
@@ -212,11 +217,11 @@ class Trainer:
             name, _, entry = key.rpartition("/")
             states.setdefault(name, {})[entry] = tensor
         # The groups are made anew from the config; what they learned is per weight.
-        groups = get_optimizer_state_dict(self.model, self._raw_optimizer, options=_WHOLE)["param_groups"]
+        groups = get_optimizer_state_dict(self.model, self._raw_optimizer)["param_groups"]
         whole: Any = {"state": states, "param_groups": groups}
         set_optimizer_state_dict(self.model, self._raw_optimizer, whole, options=_WHOLE)
         if self.average is not None:
-            self.average.load_state_dict(parts["average"])
+            set_model_state_dict(self.average, parts["average"], options=_WHOLE)
         self.step = checkpoint.step
         self.tokens, self.seconds = int(checkpoint.facts["tokens"]), float(checkpoint.facts["seconds"])
         own = f"{self.accelerator.process_index}."
