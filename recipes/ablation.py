@@ -1,6 +1,6 @@
 """The paper's design space on one base model: every step from Medusa to Hydra++ trained on the same number of tokens.
 
-python recipes/ablation.py train   --data TRAIN --eval-data EVAL --out FOLDER [--tokens 1500000] [--jobs 2]
+python recipes/ablation.py train   --data TRAIN --eval-data EVAL --out FOLDER [--tokens 800000] [--jobs 2]
 python recipes/ablation.py measure --prompts EVAL --out FOLDER --results benchmarks/results/ablation
 
 `train` trains what is not there yet and resumes what was stopped; `measure` writes RESULTS.md, .json and .png.
@@ -43,6 +43,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "Hydra++, shared blocks": {**PREFIX, "num-layers": 4, "shared-blocks": True},
     "EAGLE-style": {"recipe": "eagle"},
 }
+OWN_ANSWERS = (
+    "Hydra++, the base's own answers"  # as the row of Hydra++, on what `hydraspec regenerate` made of the data
+)
 PREDICTED = "published-63"
 TREES = ("chain-4", "small-8", "small-16")  # among which each row's best is looked for
 
@@ -56,7 +59,14 @@ def name_folder(out: Path, row: str) -> Path:
 
 def make_words(row: str, out: Path, base: str, data: str, eval_data: str, tokens: int) -> list[str]:
     """The command that trains a row."""
-    options = {**COMMON, **ROWS[row], "base": base, "data": data, "eval-data": eval_data, "max-tokens": tokens}
+    options = {
+        **COMMON,
+        **ROWS.get(row, ROWS["+ 4 layers = Hydra++"]),
+        "base": base,
+        "data": data,
+        "eval-data": eval_data,
+        "max-tokens": tokens,
+    }
     words = ["train", "--out", str(name_folder(out, row))]
     for name, value in options.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -68,8 +78,9 @@ def train(
     data: Annotated[str, typer.Option(help="conversations to train on")],
     eval_data: Annotated[str, typer.Option(help="held-out conversations")],
     out: Annotated[Path, typer.Option(help="folder for the heads of all rows")],
+    own_answers: Annotated[str | None, typer.Option(help="the same data regenerated: one more row")] = None,
     base: str = "tiny-assistant",
-    tokens: Annotated[int, typer.Option(help="to train each row on")] = 1_500_000,
+    tokens: Annotated[int, typer.Option(help="to train each row on")] = 800_000,
     jobs: Annotated[int, typer.Option(help="rows trained at once, sharing the cores")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="a row by name; may be given several times")] = None,
 ) -> None:
@@ -81,7 +92,8 @@ def train(
         folder = name_folder(out, row)
         if (folder / "config.json").is_file() and not (folder / "training").exists():
             return f"{row}: there already"
-        words = make_words(row, out, base, data, eval_data, tokens)
+        source = own_answers if row == OWN_ANSWERS and own_answers else data
+        words = make_words(row, out, base, source, eval_data, tokens)
         if list(folder.glob("training/step-*")):
             words.append("--resume")
         start = time.perf_counter()
@@ -90,7 +102,7 @@ def train(
         return f"{row}: exit code {done.returncode} after {(time.perf_counter() - start) / 60:.1f} min"
 
     with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(work, only or ROWS):
+        for line in pool.map(work, only or [*ROWS, *([OWN_ANSWERS] if own_answers else [])]):
             print(line, flush=True)
 
 
@@ -123,8 +135,10 @@ def measure(
     own = write_own_texts(llm.base, texts, max_new_tokens)
     plain, table = Way("plain", decode_with(LLM(llm.base, llm.codec, None), max_new_tokens)), []
     batches = make_batches(texts[:timed], 1)
-    for row in ROWS:
+    for row in (*ROWS, OWN_ANSWERS):
         folder = name_folder(out, row)
+        if not folder.is_dir():
+            continue
         config, provenance = read_config(folder)
         ready = load_heads(str(folder), llm.base)
         tree = find_tree(PREDICTED).cut(config.num_heads)
@@ -171,6 +185,7 @@ def write_page(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "+ 4 layers = Hydra++": "+ prefix attention",
         "Hydra++, shared blocks": "+ 4 layers = Hydra++",
         "EAGLE-style": "+ 4 layers = Hydra++",
+        OWN_ANSWERS: "+ 4 layers = Hydra++",
     }
     lines = [
         "# From Medusa to Hydra++ on one base model",
@@ -187,10 +202,10 @@ def write_page(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     ]
     for entry in table:
         row, error = entry["row"], entry["predicted"] / entry["real"] - 1
-        change = entry["real"] / real[before[row]] - 1 if row in before else 0.0
-        verdict = f"{change:+.1%} on {before[row]}" if row in before else ""
-        if row in before and change <= 0:
-            verdict += ": does not help here"
+        verdict, other = "", before.get(row)
+        if other in real:
+            change = entry["real"] / real[other] - 1
+            verdict = f"{change:+.1%} on {other}" + (": does not help here" if change <= 0 else "")
         lines.append(
             f"| {row} | {entry['parameters'] / 1e6:.2f} M | {' '.join(f'{x:.0%}' for x in entry['top1'])} "
             f"| {entry['predicted']:.3f} | {entry['real']:.3f} | {error:+.2%} | {verdict} "
