@@ -26,18 +26,19 @@ TREES = ("chain-4", "small-16", "published-63")
 def main(
     prompts: Annotated[Path, typer.Option(help="conversations in ShareGPT form")],
     model: str = "tiny-assistant",
+    heads: Annotated[list[str] | None, typer.Option(help="kinds or folders; left out: all shipped, and plain")] = None,
     count: int = 200,
     max_new_tokens: int = 48,
     json: Path | None = None,
 ) -> None:
-    llms = load_kinds(model)
+    llms = load_kinds(model, heads)
     texts = read_prompts(prompts, llms["plain"].codec, count, max_tokens=400)
     untouched = AutoModelForCausalLM.from_pretrained(find_shipped(model), dtype=torch.float32).eval()
     oracle = decode_with_transformers(untouched, max_new_tokens, llms["plain"].base.eos_token_ids)
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as bar:
         expected = [oracle([text]).token_ids[0] for text in bar.track(texts, description="transformers")]
-        for kind in ("plain", *KINDS):
+        for kind in heads or ("plain", *KINDS):
             for tree in TREES if kind != "plain" else ("root",):
                 for batch in (1, 4):
                     same = 0
