@@ -38,8 +38,8 @@ from hydraspec.train.forward import pick_autocast, wants_bfloat16
 from hydraspec.train.hidden_states import OnlineStates
 from hydraspec.train.loop import Data, Trainer
 from hydraspec.train.packing import RowPlan, load_batch
+from hydraspec.train.prepare import make_heads
 from hydraspec.train.recipes import resolve_recipe
-from hydraspec.train.run import make_heads
 from hydraspec.train.store import prepare_stores
 
 Step = Callable[[list[Any]], int]

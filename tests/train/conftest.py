@@ -13,8 +13,8 @@ from rich.console import Console
 from hydraspec.base.model import BaseModel
 from hydraspec.config import TrainingConfig
 from hydraspec.train.batch import Example
+from hydraspec.train.prepare import Prepared, Run, make_heads
 from hydraspec.train.recipes import resolve_recipe
-from hydraspec.train.run import Prepared, Run, make_heads
 from hydraspec.train.store import TokenStore
 from tests.conftest import VOCABULARY, make_model
 
@@ -51,7 +51,7 @@ def prepare_small(
     hidden_states: Path | None = None,
     **options: object,
 ) -> Prepared:
-    """What `hydraspec.train.run.prepare` makes, for a tiny random Llama and random conversations."""
+    """What `hydraspec.train.prepare.prepare` makes, for a tiny random Llama and random conversations."""
     config = resolve_recipe(dataclasses.replace(CONFIG, **options))
     base = base or BaseModel(make_model("llama"), "tiny")
     tokens = out / "training" / "tokens"

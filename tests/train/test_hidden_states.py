@@ -7,7 +7,7 @@ import torch
 
 from hydraspec.base.model import BaseModel
 from hydraspec.errors import CheckpointError, HydraspecError
-from hydraspec.train import run, states_writer
+from hydraspec.train import prepare, states_writer
 from hydraspec.train.hidden_states import HiddenStates, OnlineStates
 from hydraspec.train.packing import load_batch
 from hydraspec.train.states_writer import write_hidden_states
@@ -78,7 +78,7 @@ def test_training_from_files_equals_training_online(small_base, tmp_path):
     weights = []
     for folder in (None, tmp_path / "states"):
         prepared = prepare_small(tmp_path / str(folder is None), small_base, hidden_states=folder, learning_rate=1e-3)
-        trainer = run.make_trainer(prepared)
+        trainer = prepare.make_trainer(prepared)
         trainer.run()
         weights.append(torch.cat([p.detach().flatten() for p in prepared.heads.parameters()]))
     # Hidden states differ where another batch rounds to the other side of a bfloat16 step.

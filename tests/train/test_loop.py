@@ -18,7 +18,7 @@ from hydraspec.config import TrainingConfig
 from hydraspec.errors import HydraspecError
 from hydraspec.heads import KINDS
 from hydraspec.heads.residual import ResidualHeads
-from hydraspec.train import checkpoint, run
+from hydraspec.train import checkpoint, prepare, run
 from hydraspec.train.forward import Anchored, TeacherForcedLoss
 from hydraspec.train.loop import learning_rate
 from hydraspec.train.progress import Saver, follow
@@ -49,7 +49,7 @@ def test_the_loss_equals_a_plain_computation(small_base, tmp_path, kind, teacher
     )
     base, heads = prepared.base, prepared.heads
     disturb(heads)
-    trainer = run.make_trainer(prepared)
+    trainer = prepare.make_trainer(prepared)
     batch = trainer.data.load(list(trainer.data.rows(0))[:3])
     hidden = trainer.data.hidden.read(batch)
     anchored = Anchored.of(batch, 2, base.device)
@@ -80,7 +80,7 @@ def test_heads_learn_and_the_base_stays_frozen(small_base, tmp_path, kind, draft
     options = {"epochs": 6, "noise": 1.0, "dropout": 0.05, "draft_vocabulary": draft_vocabulary, "num_layers": 1}
     prepared = prepare_small(tmp_path, small_base, recipe=kind, tied_vocabulary=None, **options)
     losses = []
-    trainer = run.make_trainer(prepared)
+    trainer = prepare.make_trainer(prepared)
     trainer.run(lambda progress: losses.append(progress.loss))
     assert len(losses) == trainer.steps
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -92,7 +92,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_forward_passes(small_base,
     gradients = []
     for micro_tokens in (32, 64, 128):
         prepared = prepare_small(tmp_path, small_base, micro_tokens=micro_tokens, teacher_weight=1.0)
-        trainer = run.make_trainer(prepared)
+        trainer = prepare.make_trainer(prepared)
         trainer.find_gradients(list(trainer.data.rows(0))[:4])
         gradients.append(torch.cat([p.grad.flatten() for p in prepared.heads.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
@@ -114,7 +114,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_weights(small_base,
         prepared.heads.blocks[0].first.linear.bias.fill_(float("nan"))
     before = prepared.heads.blocks[1].first.linear.weight.clone()
     with pytest.raises(HydraspecError, match="the loss is nan at step 0: check the data"):
-        run.make_trainer(prepared).run()
+        prepare.make_trainer(prepared).run()
     assert torch.equal(prepared.heads.blocks[1].first.linear.weight, before)
 
 
@@ -123,7 +123,7 @@ def test_a_bfloat16_base_trains_float32_heads(tmp_path, kind):
     base = BaseModel(make_model("llama").to(torch.bfloat16), "half")
     for autocast in ("float32", "bfloat16"):
         prepared = prepare_small(tmp_path, base, recipe=kind, autocast=autocast, num_layers=1, teacher_weight=1.0)
-        trainer = run.make_trainer(prepared)
+        trainer = prepare.make_trainer(prepared)
         trainer._advance(list(trainer.data.rows(0))[:4])
         assert {p.dtype for p in prepared.heads.parameters()} == {torch.float32}
 
@@ -134,7 +134,7 @@ def test_a_bfloat16_base_trains_float32_heads(tmp_path, kind):
 def train_all(out: Path, resume: bool = False, die_at: int | None = None, die_in_save: int | None = None) -> None:
     """A run with a checkpoint at every second step; it may kill itself after a step, or while it saves."""
     prepared = prepare_small(out, resume=resume, dropout=0.2, noise=2.0, ema=0.9, checkpoint_steps=2)
-    trainer = run.make_trainer(prepared)
+    trainer = prepare.make_trainer(prepared)
     run.resume(prepared, trainer)
     if die_in_save is not None:
 
@@ -189,20 +189,20 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(uninterrupte
 
 def test_another_run_cannot_be_resumed(tmp_path, small_base):
     prepared = prepare_small(tmp_path, small_base)
-    trainer = run.make_trainer(prepared)
+    trainer = prepare.make_trainer(prepared)
     run.save_state(prepared, trainer)
     other = prepare_small(tmp_path, small_base, resume=True, head_decay=0.5)
     with pytest.raises(HydraspecError, match=r"begun with head_decay 1.0, not 0.5"):
-        run.resume(other, run.make_trainer(other))
+        run.resume(other, prepare.make_trainer(other))
     strange = BaseModel(make_model("llama", intermediate_size=64), "other")
     other = prepare_small(tmp_path, strange, resume=True)
     with pytest.raises(HydraspecError, match="begun with other base model"):
-        run.resume(other, run.make_trainer(other))
+        run.resume(other, prepare.make_trainer(other))
 
 
 def test_an_ended_run_saves_heads_and_a_checkpoint(tmp_path, small_base):
     prepared = prepare_small(tmp_path, small_base)
-    trainer = run.make_trainer(prepared)
+    trainer = prepare.make_trainer(prepared)
     stop: list[int] = []
     saver = Saver(prepared.run.config, lambda: run.save_state(prepared, trainer))
     trainer.run(lambda progress: stop.append(1) if progress.step == 3 else None, lambda: bool(stop))

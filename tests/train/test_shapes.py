@@ -7,7 +7,7 @@ from hydraspec.decode.engine import Engine
 from hydraspec.heads import KINDS
 from hydraspec.heads.checkpoint import Provenance, load_heads, save_heads
 from hydraspec.train.batch import Example
-from hydraspec.train.run import make_trainer
+from hydraspec.train.prepare import make_trainer
 from hydraspec.train.store import TokenStore
 from hydraspec.tree import find_tree
 from hydraspec.types import Output, Request

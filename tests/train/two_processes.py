@@ -45,11 +45,11 @@ class Sharding(Accelerator):
 
 def train(folder: Path, accelerator: Accelerator, until: int = STEPS, resumed: Any = None) -> Trainer:
     """So many of the steps, from the beginning or from what another trainer captured."""
-    from hydraspec.train import run
+    from hydraspec.train import prepare
     from tests.train.conftest import prepare_small
 
     prepared = prepare_small(folder / str(accelerator.process_index), epochs=1, ema=0.5)
-    trainer = run.make_trainer(dataclasses.replace(prepared, accelerator=accelerator))
+    trainer = prepare.make_trainer(dataclasses.replace(prepared, accelerator=accelerator))
     trainer.steps = STEPS
     if resumed is not None:
         trainer.restore(resumed)

@@ -52,7 +52,8 @@ def train_heads(
         return
     if out is None:
         raise HydraspecError("name a folder for the heads with --out")
-    from hydraspec.train.run import Run, train_to_folder
+    from hydraspec.train.prepare import Run
+    from hydraspec.train.run import train_to_folder
 
     run = Run(base, data, out, config, eval_data, hidden_states, resume, tuple(track or ()), device)
     if not train_to_folder(run, console):
