@@ -20,7 +20,6 @@ from hydraspec.train.progress import Saver, follow, listen_for_stop
 from hydraspec.train.recipes import describe_losses
 from hydraspec.train.report import measure_heads
 
-
 # What may differ between a run and its continuation; the second line changes what is learned from there on.
 _MAY_CHANGE = ("checkpoint_minutes", "checkpoint_steps", "held_out_prompts", "micro_tokens")
 _MAY_BE_LOWERED = ("learning_rate", "final_learning_rate", "clip")
