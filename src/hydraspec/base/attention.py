@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _find_segments(segments: Tensor) -> tuple[tuple[int, int, int], ...]:
     parts = []
     for row, numbers in enumerate(segments):
         ends = numbers.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
-        parts += [(row, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        parts += [(row, begin, end) for begin, end in pairwise([0, *ends])]
     return tuple(parts)
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,7 @@ def regenerate(
 
 
 def _read_from(data: str | Path, number: int, limit: int) -> Iterator[Conversation]:
-    conversations = read_conversations(data, limit or None)
-    for _, _ in zip(range(number), conversations, strict=False):
-        pass
-    return conversations
+    return islice(read_conversations(data, limit or None), number, None)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def announce(prepared: Prepared, trainer: Trainer) -> None:
             f"two checkpoints need {need / 1e6:,.0f} MB, but the disk of {run.out} has {free / 1e6:,.0f} MB free: "
             "free some, or name a folder on another disk"
         )
-    rows = list(_first(trainer.data.rows(0), trainer.rows_per_step))
+    rows = list(islice(trainer.data.rows(0), trainer.rows_per_step))
     seconds, tokens = _time_step(trainer, rows)
     left = (trainer.steps - trainer.step) * seconds
     prepared.console.print(
@@ -137,10 +137,6 @@ def announce(prepared: Prepared, trainer: Trainer) -> None:
         f"{trainer.steps - trainer.step:,} steps of about {tokens:,} tokens: about {left / 60:.0f} min, checkpoints of "
         f"{need / 2e6:,.0f} MB; Ctrl-C saves and ends"
     )
-
-
-def _first(rows: Iterator[Any], count: int) -> Iterator[Any]:
-    return (row for _, row in zip(range(count), rows, strict=False))
 
 
 def _time_step(trainer: Trainer, rows: list[Any]) -> tuple[float, int]:
