@@ -127,6 +127,15 @@ def prepare(run: Run, console: Console) -> Prepared:
     return Prepared(run, base, codec, heads, store, held_out, accelerator, silent)
 
 
+def load_for_deployment(prepared: Prepared) -> BaseModel:
+    """The base model as decoding loads it by default; on CPUs that is float32, whatever it was trained with."""
+    base = prepared.base
+    if base.device.type != "cpu" or base.dtype == torch.float32:
+        return base
+    # Widening the rounded weights would not bring back the checkpoint's own.
+    return BaseModel.load(find_shipped(prepared.run.base), base.device, self_check=False)
+
+
 def make_heads(base: BaseModel, store: TokenStore, config: TrainingConfig) -> DraftHeads:
     """Untrained heads as a resolved config describes them."""
     token_ids = None

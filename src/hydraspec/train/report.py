@@ -32,7 +32,7 @@ def measure_heads(
     """Measure trained heads on held-out conversations and print what was found.
 
     Args:
-        base: the model that they draft for.
+        base: the model that they draft for, in the dtype in which it is deployed.
         heads: as they are trained.
         held_out: conversations.
         config: how many prompts to decode.

@@ -15,7 +15,7 @@ from hydraspec.errors import HydraspecError
 from hydraspec.heads.checkpoint import Provenance, library_versions, save_heads
 from hydraspec.train.checkpoint import load_checkpoint, save_checkpoint
 from hydraspec.train.loop import Trainer
-from hydraspec.train.prepare import Prepared, Run, check, make_trainer, prepare
+from hydraspec.train.prepare import Prepared, Run, check, load_for_deployment, make_trainer, prepare
 from hydraspec.train.progress import Saver, follow, listen_for_stop
 from hydraspec.train.recipes import describe_losses
 from hydraspec.train.report import measure_heads
@@ -180,7 +180,7 @@ def finish(prepared: Prepared, trainer: Trainer, done: bool) -> None:
         )
         return
     if len(prepared.held_out):
-        measured |= measure_heads(prepared.base, heads, prepared.held_out, run.config, console)
+        measured |= measure_heads(load_for_deployment(prepared), heads, prepared.held_out, run.config, console)
         lengths = {
             f"{tree}/{key}": value for tree, found in measured["acceptance"].items() for key, value in found.items()
         }
