@@ -165,7 +165,7 @@ def finish(prepared: Prepared, trainer: Trainer, done: bool) -> None:
     heads = trainer.heads
     heads.load_state_dict({k: v.to(prepared.base.device) for k, v in weights.items()})
     provenance = Provenance(
-        base=run.base,
+        base=Path(run.base).resolve().name if Path(run.base).is_dir() else run.base,  # heads travel, folders do not
         base_fingerprint=prepared.base.fingerprint(),
         data=f"{trainer.tokens:,} tokens of {Path(run.data).name} ({len(prepared.store):,} conversations)",
         recipe={"heads": run.config.recipe, "steps": trainer.step, "of_steps": trainer.steps, **run.config.to_dict()},
