@@ -190,7 +190,7 @@ def write_page(table: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# From Medusa to Hydra++ on one base model",
         "",
-        f"Base {facts['base']}; every row was trained on as many tokens (the first: {table[0]['tokens']}) with the same",
+        f"Base {facts['base']}; each row was trained on as many tokens (the first: {table[0]['tokens']}) with the same",
         f"learning rate, batch and draft vocabulary of {COMMON['draft-vocabulary']}.",
         f"Acceptance: {facts['prompts']} held-out prompts, greedy, float32, with the tree {facts['tree']}.",
         "",
